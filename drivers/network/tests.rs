@@ -205,8 +205,10 @@ fn resolve(server: &str, name: &str) -> Option<Ipv4Addr> {
     found.then(|| Ipv4Addr::new(answer[length - 4], answer[length - 3], answer[length - 2], answer[length - 1]))
 }
 
+type Reports = tokio::sync::mpsc::Receiver<NetworkReport>;
+
 /// The next report but of leases.
-async fn told(reports: &mut tokio::sync::mpsc::Receiver<NetworkReport>) -> Option<NetworkReport> {
+async fn told(reports: &mut Reports) -> Option<NetworkReport> {
     loop {
         match reports.recv().await {
             Some(NetworkReport::Leases) => {}
@@ -221,19 +223,110 @@ const DOCKER: &str = "nft add table ip docker ; \
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 0x11];
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_guest_gets_an_address_and_names_and_reaches_others() {
-    if !is_inside("a_guest_gets_an_address_and_names_and_reaches_others") {
-        return;
-    }
-    // Somebody behind the host, who knows nothing of guests.
+/// Somebody behind the host, who knows nothing of guests.
+fn world_behind_the_host() -> Guest {
     run("ip netns add world");
     run("ip link add up0 type veth peer name eth0 netns world");
     run("ip address add 198.51.100.1/24 dev up0");
     run("ip link set up0 up");
     run("ip -n world address add 198.51.100.7/24 dev eth0");
     run("ip -n world link set eth0 up");
-    let world = Guest { name: "world" };
+
+    Guest { name: "world" }
+}
+
+/// A guest finds names, and who is behind the host; nobody finds the way in.
+fn reaches_others(guest: &Guest, address: Ipv4Addr, world: &Guest) {
+    run(&format!("ip -n g1 address add {address}/24 dev eth0"));
+    run("ip -n g1 route add default via 10.77.0.1");
+    guest.does(|| {
+        assert_eq!(resolve("10.77.0.1", "alpha.lab"), Some(address));
+        assert_eq!(resolve("10.77.0.1", "printer"), Some("10.77.0.9".parse().unwrap()));
+        assert_eq!(resolve("10.77.0.1", "nobody.lab"), None);
+    });
+    // Translated on the way out.
+    let server = world.does(|| std::net::TcpListener::bind("198.51.100.7:80").unwrap());
+    let seen = std::thread::spawn(move || server.accept().unwrap().1.ip());
+    guest.does(|| std::net::TcpStream::connect("198.51.100.7:80").unwrap());
+    assert_eq!(seen.join().unwrap(), Ipv4Addr::new(198, 51, 100, 1));
+    run("ip -n world route add 10.77.0.0/24 via 198.51.100.1");
+    let inner = guest.does(|| std::net::TcpListener::bind((address, 80)).unwrap());
+    let refused = world.does(|| std::net::TcpStream::connect((address, 80))).unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused, "{refused}");
+    drop(inner);
+}
+
+/// No guest is dropped, and the server is the same.
+async fn is_changed_while_it_runs(networks: &HostNetworks, def: &NetworkDef, guest: &Guest) -> NetworkDef {
+    let host = "<host mac='52:54:00:00:00:12' name='beta' ip='10.77.0.200'/>";
+    let change = Change::read(Verb::AddLast, Section::DhcpHost, None, host).unwrap();
+    let more = def.changed(&change).unwrap();
+    networks.change(&more).await.unwrap();
+    let second = Guest::new("g2", def.bridge_name().unwrap(), "52:54:00:00:00:12");
+    assert_eq!(second.lease([0x52, 0x54, 0, 0, 0, 0x12], "whatever"), Ipv4Addr::new(10, 77, 0, 200));
+    let txt =
+        Change::read(Verb::AddLast, Section::DnsHost, None, "<host ip='10.77.0.8'><hostname>scanner</hostname></host>");
+    let more = more.changed(&txt.unwrap()).unwrap();
+    networks.change(&more).await.unwrap();
+    let known = guest.does(|| resolve("10.77.0.1", "scanner.lab"));
+    assert_eq!(known, Some(Ipv4Addr::new(10, 77, 0, 8)), "a name is known when the change has been made");
+    more
+}
+
+/// What drops is told and left alone; so is a server that has ended.
+async fn what_stands_in_its_way_is_told(
+    networks: &HostNetworks,
+    more: &NetworkDef,
+    reports: &mut Reports,
+    server: &str,
+) {
+    run(DOCKER);
+    assert_eq!(told(reports).await, Some(NetworkReport::Changed));
+    let problems = networks.problems(more).await.unwrap();
+    assert_eq!(
+        problems.iter().map(|problem| problem.token.as_str()).collect::<Vec<_>>(),
+        ["forward-blocked"],
+        "{problems:?}"
+    );
+    assert!(
+        problems[0].sentence.contains("nft insert rule ip docker FORWARD iifname \"virbr0\" accept"),
+        "{problems:?}"
+    );
+    run(&format!("kill -KILL {server}"));
+    assert_eq!(told(reports).await, Some(NetworkReport::ServerEnded));
+    assert_eq!(networks.problems(more).await.unwrap()[0].token, ProblemToken::DhcpDown);
+    // Where nobody can list the rules, that is said, with what is known without them.
+    let nft = nft();
+    run(&format!("mount --bind /bin/false {nft}"));
+    let seen = networks.problems(more).await.unwrap_err();
+    assert_eq!(seen.found.iter().map(|problem| problem.token.as_str()).collect::<Vec<_>>(), ["dhcp-down"], "{seen:?}");
+    assert!(seen.why.contains("nft"), "{seen:?}");
+    run(&format!("umount {nft}"));
+}
+
+/// A guest's card as it was, where it is in no bridge.
+async fn is_plugged_in_again(networks: &HostNetworks, def: &NetworkDef) {
+    let card = PluggedCard { end: "g1".to_owned(), isolated: true, vlan: None };
+    let gone = PluggedCard { end: "g9".to_owned(), ..card.clone() };
+    networks.plug(def, vec![gone, card.clone()]).await;
+    let port = run("ip -d -o link show g1");
+    assert!([",UP", "master virbr0", "isolated on"].iter().all(|word| port.contains(word)), "{port}");
+    networks.plug(def, vec![PluggedCard { isolated: false, ..card.clone() }]).await;
+    assert!(run("ip -d -o link show g1").contains("isolated on"), "one that is in a bridge stays as it is");
+    // As it is where virtd is killed between the bridge and the rest.
+    run("ip link set g1 down nomaster");
+    run("ip link set g1 master virbr0");
+    networks.plug(def, vec![card]).await;
+    let port = run("ip -d -o link show g1");
+    assert!([",UP", "master virbr0", "isolated on"].iter().all(|word| port.contains(word)), "{port}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_gets_an_address_and_names_and_reaches_others() {
+    if !is_inside("a_guest_gets_an_address_and_names_and_reaches_others") {
+        return;
+    }
+    let world = world_behind_the_host();
     let house = House::new();
     let networks = house.networks();
     let def = complete(&home(), &networks).await;
@@ -251,23 +344,7 @@ async fn a_guest_gets_an_address_and_names_and_reaches_others() {
     assert_eq!((mac.unwrap().0, host_name.as_str(), *prefix, leases.len()), (MAC, "alpha", 24, 1));
     assert_eq!(leases[0].address, address);
 
-    run(&format!("ip -n g1 address add {address}/24 dev eth0"));
-    run("ip -n g1 route add default via 10.77.0.1");
-    guest.does(|| {
-        assert_eq!(resolve("10.77.0.1", "alpha.lab"), Some(address));
-        assert_eq!(resolve("10.77.0.1", "printer"), Some("10.77.0.9".parse().unwrap()));
-        assert_eq!(resolve("10.77.0.1", "nobody.lab"), None);
-    });
-    // Translated on the way out; nobody finds the way in.
-    let server = world.does(|| std::net::TcpListener::bind("198.51.100.7:80").unwrap());
-    let seen = std::thread::spawn(move || server.accept().unwrap().1.ip());
-    guest.does(|| std::net::TcpStream::connect("198.51.100.7:80").unwrap());
-    assert_eq!(seen.join().unwrap(), Ipv4Addr::new(198, 51, 100, 1));
-    run("ip -n world route add 10.77.0.0/24 via 198.51.100.1");
-    let inner = guest.does(|| std::net::TcpListener::bind((address, 80)).unwrap());
-    let refused = world.does(|| std::net::TcpStream::connect((address, 80))).unwrap_err();
-    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused, "{refused}");
-    drop(inner);
+    reaches_others(&guest, address, &world);
 
     // Another virtd finds it all and has nothing to do; the lease is there.
     let before = run("nft list tables") + &run("ip -o link");
@@ -277,45 +354,11 @@ async fn a_guest_gets_an_address_and_names_and_reaches_others() {
     assert_eq!(networks.leases(&def).await.unwrap(), leases);
     assert_eq!(run("nft list tables") + &run("ip -o link"), before);
 
-    // A reservation while it runs: no guest is dropped, the server is the same.
-    let host = "<host mac='52:54:00:00:00:12' name='beta' ip='10.77.0.200'/>";
-    let change = Change::read(Verb::AddLast, Section::DhcpHost, None, host).unwrap();
-    let more = def.changed(&change).unwrap();
-    networks.change(&more).await.unwrap();
-    let second = Guest::new("g2", def.bridge_name().unwrap(), "52:54:00:00:00:12");
-    assert_eq!(second.lease([0x52, 0x54, 0, 0, 0, 0x12], "whatever"), Ipv4Addr::new(10, 77, 0, 200));
-    let txt =
-        Change::read(Verb::AddLast, Section::DnsHost, None, "<host ip='10.77.0.8'><hostname>scanner</hostname></host>");
-    let mut more = more.changed(&txt.unwrap()).unwrap();
-    networks.change(&more).await.unwrap();
-    let known = guest.does(|| resolve("10.77.0.1", "scanner.lab"));
-    assert_eq!(known, Some(Ipv4Addr::new(10, 77, 0, 8)), "a name is known when the change has been made");
+    let mut more = is_changed_while_it_runs(&networks, &def, &guest).await;
 
-    // What drops is told and left alone; so is a server that has ended.
     assert_eq!(networks.problems(&more).await, Ok(Vec::new()));
     let mut reports = networks.watch(def.uuid).await;
-    run(DOCKER);
-    assert_eq!(told(&mut reports).await, Some(NetworkReport::Changed));
-    let problems = networks.problems(&more).await.unwrap();
-    assert_eq!(
-        problems.iter().map(|problem| problem.token.as_str()).collect::<Vec<_>>(),
-        ["forward-blocked"],
-        "{problems:?}"
-    );
-    assert!(
-        problems[0].sentence.contains("nft insert rule ip docker FORWARD iifname \"virbr0\" accept"),
-        "{problems:?}"
-    );
-    run(&format!("kill -KILL {}", pid.trim()));
-    assert_eq!(told(&mut reports).await, Some(NetworkReport::ServerEnded));
-    assert_eq!(networks.problems(&more).await.unwrap()[0].token, ProblemToken::DhcpDown);
-    // Where nobody can list the rules, that is said, with what is known without them.
-    let nft = nft();
-    run(&format!("mount --bind /bin/false {nft}"));
-    let seen = networks.problems(&more).await.unwrap_err();
-    assert_eq!(seen.found.iter().map(|problem| problem.token.as_str()).collect::<Vec<_>>(), ["dhcp-down"], "{seen:?}");
-    assert!(seen.why.contains("nft"), "{seen:?}");
-    run(&format!("umount {nft}"));
+    what_stands_in_its_way_is_told(&networks, &more, &mut reports, pid.trim()).await;
     // A change makes another one; that the one before ends in it is nothing to be told.
     for word in ["one", "two"] {
         let txt = format!("<txt name='{word}' value='x'/>");
@@ -340,21 +383,8 @@ async fn a_guest_gets_an_address_and_names_and_reaches_others() {
     assert!(run("ip -o link show g1").contains("g1"), "a guest's device stays");
     assert_eq!(told(&mut reports).await, None);
 
-    // It is plugged in again as it was, where it is in no bridge.
     networks.start(&def, 7).await.unwrap();
-    let card = PluggedCard { end: "g1".to_owned(), isolated: true, vlan: None };
-    let gone = PluggedCard { end: "g9".to_owned(), ..card.clone() };
-    networks.plug(&def, vec![gone, card.clone()]).await;
-    let port = run("ip -d -o link show g1");
-    assert!([",UP", "master virbr0", "isolated on"].iter().all(|word| port.contains(word)), "{port}");
-    networks.plug(&def, vec![PluggedCard { isolated: false, ..card.clone() }]).await;
-    assert!(run("ip -d -o link show g1").contains("isolated on"), "one that is in a bridge stays as it is");
-    // As it is where virtd is killed between the bridge and the rest.
-    run("ip link set g1 down nomaster");
-    run("ip link set g1 master virbr0");
-    networks.plug(&def, vec![card]).await;
-    let port = run("ip -d -o link show g1");
-    assert!([",UP", "master virbr0", "isolated on"].iter().all(|word| port.contains(word)), "{port}");
+    is_plugged_in_again(&networks, &def).await;
     networks.stop(def.uuid).await.unwrap();
 }
 

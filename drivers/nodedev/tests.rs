@@ -90,9 +90,8 @@ fn find(news: &[DeviceNews], name: &str) -> NodeDevice {
     found.unwrap_or_else(|| panic!("no {name} in {:?}", told(news)))
 }
 
-/// A host with a device of each class.
-fn with_all() -> Fake {
-    let fake = Fake::new();
+/// A network card with functions and virtual devices, and its network device.
+fn plug_cards(fake: &Fake) {
     let card = fake.plug(
         "pci0000:00/0000:00:03.0",
         "bus",
@@ -117,6 +116,9 @@ fn with_all() -> Fake {
     let net =
         [("address", "52:54:00:00:00:01"), ("operstate", "up"), ("speed", "1000"), ("type", "1"), ("ifindex", "2")];
     fake.plug("pci0000:00/0000:00:03.0/net/eth0", "class", "net", &net);
+}
+
+fn plug_disks(fake: &Fake) {
     let disk = [
         ("uevent", "DEVTYPE=disk\nDEVNAME=vda\nMAJOR=254\nMINOR=0"),
         ("dev", "254:0"),
@@ -134,6 +136,9 @@ fn with_all() -> Fake {
         "block",
         &[("uevent", "DEVTYPE=disk\nDEVNAME=loop1"), ("loop/backing_file", "/srv/a.img")],
     );
+}
+
+fn plug_usb(fake: &Fake) {
     fake.plug(
         "pci0000:00/0000:00:05.0/usb1",
         "bus",
@@ -165,6 +170,9 @@ fn with_all() -> Fake {
         "usb",
         &[("uevent", "DEVTYPE=usb_interface"), ("bInterfaceNumber", "00"), ("bInterfaceClass", "08")],
     );
+}
+
+fn plug_scsi(fake: &Fake) {
     let host = "pci0000:00/0000:00:06.0/host2";
     fake.plug(
         host,
@@ -181,6 +189,15 @@ fn with_all() -> Fake {
     let unit = format!("{host}/target2:0:0/2:0:0:1");
     fake.plug(&unit, "bus", "scsi", &[("uevent", "DEVTYPE=scsi_device"), ("type", "5"), ("model", "DVD")]);
     fake.plug(&format!("{unit}/scsi_generic/sg0"), "class", "scsi_generic", &[("uevent", "DEVNAME=sg0")]);
+}
+
+/// A host with a device of each class.
+fn with_all() -> Fake {
+    let fake = Fake::new();
+    plug_cards(&fake);
+    plug_disks(&fake);
+    plug_usb(&fake);
+    plug_scsi(&fake);
     fake.plug("pci0000:00/0000:00:02.0/drm/card0", "class", "drm", &[("uevent", "DEVNAME=dri/card0")]);
     fake.plug("pci0000:00/0000:00:02.0/drm/card0/card0-HDMI-A-1", "class", "drm", &[]);
     let mdev = "pci0000:00/0000:00:03.0/c2177883-f1bb-47f0-914d-32a22e3a8804";

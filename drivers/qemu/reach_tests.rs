@@ -418,6 +418,46 @@ fn traced<'a>(pid: i32, task: &Value) -> Ways<'a> {
     ]
 }
 
+fn host_files(task: &Value) -> Ways<'_> {
+    let fixed = [
+        "/etc/passwd",
+        "/etc/shadow",
+        "/root",
+        "/home",
+        "/var/lib",
+        "/var/log",
+        "/boot",
+        "/run/virt",
+        "/sys/fs",
+        "/proc/sys",
+    ];
+    let mut ways: Ways = fixed.into_iter().map(|file| way(file, move || readable(file))).collect();
+    ways.push(way("what everybody may read", move || readable(path(task, "public"))));
+    ways
+}
+
+fn devices(task: &Value) -> Ways<'_> {
+    let nodes = [
+        "/dev/kvm",
+        "/dev/vda",
+        "/dev/sda",
+        "/dev/mem",
+        "/dev/kmsg",
+        "/dev/net/tun",
+        "/dev/vhost-net",
+        "/dev/fuse",
+        "/dev/tty",
+        "/dev/console",
+    ];
+    let mut ways: Ways = nodes.into_iter().map(|node| way(node, move || Path::new(node).exists())).collect();
+    ways.push(way("a node of its own", move || {
+        use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+        let node = path(task, "room").join("node");
+        mknodat(CWD, &node, FileType::CharacterDevice, Mode::RWXU, makedev(1, 1)).is_ok()
+    }));
+    ways
+}
+
 fn host_rows(task: &Value) -> Vec<(&'static str, Ways<'_>)> {
     let socket = |family| {
         // SAFETY: makes a descriptor, which is closed.
@@ -429,44 +469,8 @@ fn host_rows(task: &Value) -> Vec<(&'static str, Ways<'_>)> {
     };
     let segment = task["segment"].as_i64().unwrap() as i32;
     vec![
-        ("host-files", {
-            let fixed = [
-                "/etc/passwd",
-                "/etc/shadow",
-                "/root",
-                "/home",
-                "/var/lib",
-                "/var/log",
-                "/boot",
-                "/run/virt",
-                "/sys/fs",
-                "/proc/sys",
-            ];
-            let mut ways: Ways = fixed.into_iter().map(|file| way(file, move || readable(file))).collect();
-            ways.push(way("what everybody may read", move || readable(path(task, "public"))));
-            ways
-        }),
-        ("devices", {
-            let nodes = [
-                "/dev/kvm",
-                "/dev/vda",
-                "/dev/sda",
-                "/dev/mem",
-                "/dev/kmsg",
-                "/dev/net/tun",
-                "/dev/vhost-net",
-                "/dev/fuse",
-                "/dev/tty",
-                "/dev/console",
-            ];
-            let mut ways: Ways = nodes.into_iter().map(|node| way(node, move || Path::new(node).exists())).collect();
-            ways.push(way("a node of its own", move || {
-                use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
-                let node = path(task, "room").join("node");
-                mknodat(CWD, &node, FileType::CharacterDevice, Mode::RWXU, makedev(1, 1)).is_ok()
-            }));
-            ways
-        }),
+        ("host-files", host_files(task)),
+        ("devices", devices(task)),
         (
             "bus",
             vec![

@@ -378,6 +378,60 @@ async fn sizes_change_and_content_is_overwritten() {
     is_same(("raw", &room.at("empty")), ("qcow2", &room.at("q")));
 }
 
+/// There and back: holes stay holes.
+async fn goes_sparsely(room: &Room, source: &Path) {
+    let volume = room.volume("b", "raw").await;
+    room.pool.upload(&volume, given(fs::File::open(source).unwrap()), None, true, work()).await.unwrap();
+    assert!(room.look("b").await.allocation < 1 << 20);
+    let fetched = source.with_file_name("fetched");
+    let file = fs::File::create(&fetched).unwrap();
+    file.write_all_at(&[7; 9000], 0).unwrap();
+    let volume = room.volume("b", "raw").await;
+    room.pool.download(&volume, given(file), None, true, work()).await.unwrap();
+    assert!(fs::read(&fetched).unwrap() == fs::read(source).unwrap());
+    assert!(fs::metadata(&fetched).unwrap().blocks() * 512 < 1 << 20, "holes stay holes");
+}
+
+/// A part of a volume is written in its place, and read from it.
+async fn goes_in_part(room: &Room, volume: &VolumeAt, words: &Path, source: &Path) {
+    let part = Some(Part { offset: 4096, length: Some(3) });
+    room.pool.upload(volume, given(fs::File::open(words).unwrap()), part, false, work()).await.unwrap();
+    let (mut ear, mouth) = std::io::pipe().unwrap();
+    room.pool
+        .download(volume, given(mouth), Some(Part { offset: 4095, length: Some(5) }), false, work())
+        .await
+        .unwrap();
+    let mut bytes = Vec::new();
+    io::Read::read_to_end(&mut ear, &mut bytes).unwrap();
+    let mut wanted = fs::read(source).unwrap()[4095..4100].to_vec();
+    wanted[1..4].copy_from_slice(b"abc");
+    assert_eq!(bytes, wanted);
+}
+
+async fn what_cannot_be_is_not_sent(room: &Room, volume: &VolumeAt, words: &Path) {
+    let beyond = Some(Part { offset: 5 << 20, length: Some(1 << 20) });
+    let refused = room.pool.upload(volume, given(fs::File::open(words).unwrap()), beyond, false, work()).await;
+    assert!(matches!(refused.unwrap_err(), DriverError::Argument(_)));
+    let (_ear, mouth) = std::io::pipe().unwrap();
+    let refused = room.pool.download(volume, given(mouth), beyond, false, work()).await;
+    assert!(matches!(refused.unwrap_err(), DriverError::Argument(_)), "nor is less of it sent in silence");
+    let end = (5 << 20) + 17;
+    for (offset, length, sparse, why) in [
+        (end - 3, None, false, "more bytes than"),
+        (end - 3, None, true, "more bytes than"),
+        (end - 6, None, false, ""),
+        (end - 6, None, true, ""),
+        (0, Some(7), false, "it has 6 bytes"),
+        (0, Some(7), true, "it has 6 bytes"),
+    ] {
+        let given = given(fs::File::open(words).unwrap());
+        let done = room.pool.upload(volume, given, Some(Part { offset, length }), sparse, work()).await;
+        let told = done.err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(told.contains(why) && told.is_empty() == why.is_empty(), "{offset}: {told}");
+    }
+    assert_eq!(room.look("b").await.capacity, end, "it is as long as it was");
+}
+
 #[tokio::test]
 async fn what_is_sent_and_fetched_is_the_same() {
     let room = Room::new().await;
@@ -400,54 +454,12 @@ async fn what_is_sent_and_fetched_is_the_same() {
     assert!(fs::read(room.at("b")).unwrap() == fs::read(&source).unwrap());
     let after = room.look("b").await;
     assert_eq!((after.capacity, after.permissions), ((5 << 20) + 17, before.permissions));
-    // Sparsely there and back.
+    goes_sparsely(&room, &source).await;
     let volume = room.volume("b", "raw").await;
-    room.pool.upload(&volume, given(fs::File::open(&source).unwrap()), None, true, work()).await.unwrap();
-    assert!(room.look("b").await.allocation < 1 << 20);
-    let fetched = outside.path().join("fetched");
-    let file = fs::File::create(&fetched).unwrap();
-    file.write_all_at(&[7; 9000], 0).unwrap();
-    let volume = room.volume("b", "raw").await;
-    room.pool.download(&volume, given(file), None, true, work()).await.unwrap();
-    assert!(fs::read(&fetched).unwrap() == fs::read(&source).unwrap());
-    assert!(fs::metadata(&fetched).unwrap().blocks() * 512 < 1 << 20, "holes stay holes");
-    // A part, in place.
-    let part = Some(Part { offset: 4096, length: Some(3) });
     let words = outside.path().join("words");
     fs::write(&words, "abcdef").unwrap();
-    room.pool.upload(&volume, given(fs::File::open(&words).unwrap()), part, false, work()).await.unwrap();
-    let (mut ear, mouth) = std::io::pipe().unwrap();
-    room.pool
-        .download(&volume, given(mouth), Some(Part { offset: 4095, length: Some(5) }), false, work())
-        .await
-        .unwrap();
-    let mut bytes = Vec::new();
-    io::Read::read_to_end(&mut ear, &mut bytes).unwrap();
-    let mut wanted = fs::read(&source).unwrap()[4095..4100].to_vec();
-    wanted[1..4].copy_from_slice(b"abc");
-    assert_eq!(bytes, wanted);
-    // What cannot be.
-    let beyond = Some(Part { offset: 5 << 20, length: Some(1 << 20) });
-    let refused = room.pool.upload(&volume, given(fs::File::open(&words).unwrap()), beyond, false, work()).await;
-    assert!(matches!(refused.unwrap_err(), DriverError::Argument(_)));
-    let (_ear, mouth) = std::io::pipe().unwrap();
-    let refused = room.pool.download(&volume, given(mouth), beyond, false, work()).await;
-    assert!(matches!(refused.unwrap_err(), DriverError::Argument(_)), "nor is less of it sent in silence");
-    let end = (5 << 20) + 17;
-    for (offset, length, sparse, why) in [
-        (end - 3, None, false, "more bytes than"),
-        (end - 3, None, true, "more bytes than"),
-        (end - 6, None, false, ""),
-        (end - 6, None, true, ""),
-        (0, Some(7), false, "it has 6 bytes"),
-        (0, Some(7), true, "it has 6 bytes"),
-    ] {
-        let given = given(fs::File::open(&words).unwrap());
-        let done = room.pool.upload(&volume, given, Some(Part { offset, length }), sparse, work()).await;
-        let told = done.err().map(|e| e.to_string()).unwrap_or_default();
-        assert!(told.contains(why) && told.is_empty() == why.is_empty(), "{offset}: {told}");
-    }
-    assert_eq!(room.look("b").await.capacity, end, "it is as long as it was");
+    goes_in_part(&room, &volume, &words, &source).await;
+    what_cannot_be_is_not_sent(&room, &volume, &words).await;
     // Who waits for a client for ever keeps nothing.
     let (ear, mouth) = std::io::pipe().unwrap();
     let cancelled = Arc::new(Steps { cancel_at: Some(1), ..Steps::default() });

@@ -96,6 +96,40 @@ fn there(daemon: &Daemon) -> (bool, bool) {
     (bridge, shown(daemon, "nft", &["list", "tables"]).contains("virt_"))
 }
 
+/// With and without XML, in what there is and what is stored.
+async fn its_hosts_are_reserved(network: &Network) {
+    network.call("SetHost", &("52:54:00:00:00:01", "10.77.0.200", "web", options([]))).await.expect("reserved");
+    assert_eq!(network.list("Hosts").await, 1);
+    let host = "<host mac='52:54:00:00:00:02' ip='10.77.0.201'/>";
+    network.call("Update", &("add-last", "ip-dhcp-host", host, options([]))).await.expect("added");
+    let of = async |command: &str, number: i32| {
+        let other = "<host mac='52:54:00:00:00:03' ip='10.77.0.202'/>";
+        network.call("Update", &(command, "ip-dhcp-host", other, options([("parent-index", number.into())]))).await
+    };
+    of("add-last", 0).await.expect("in the first <ip>");
+    refused(of("delete", 1).await, "ConfigInvalid", "number 1");
+    refused(of("delete", -2).await, "InvalidArgument", "counts from 0");
+    of("delete", -1).await.expect("in the first that fits");
+    assert!(network.xml(options([("inactive", Variant::from(true))])).await.contains("10.77.0.201"));
+    refused(
+        network.call("Update", &("add-last", "ip-dhcp-host", host, options([]))).await,
+        "ConfigInvalid",
+        "there already",
+    );
+    refused(
+        network.call("Update", &("grow", "ip-dhcp-host", host, options([]))).await,
+        "InvalidArgument",
+        "modify, delete",
+    );
+    refused(network.call("SetHost", &("web", "", "", options([]))).await, "InvalidArgument", "52:54:00:12:34:56");
+    network.call("RemoveHost", &("52:54:00:00:00:02", options([]))).await.expect("removed");
+    refused(
+        network.call("RemoveHost", &("52:54:00:00:00:02", options([]))).await,
+        "ConfigInvalid",
+        "nothing is reserved",
+    );
+}
+
 #[tokio::test]
 async fn n5_a_network_from_its_definition_to_its_end() {
     let Some(mut daemon) = daemon().await else { return };
@@ -130,37 +164,7 @@ async fn n5_a_network_from_its_definition_to_its_end() {
     let elsewhere = "<interface><mac address='52:54:00:00:00:01'/><source bridge='br-lan'/></interface>";
     refused(machine.call("UpdateDevice", &(elsewhere, options([]))).await, "OperationUnsupported", "type='network'");
 
-    // Reservations, with and without XML, in what there is and what is stored.
-    network.call("SetHost", &("52:54:00:00:00:01", "10.77.0.200", "web", options([]))).await.expect("reserved");
-    assert_eq!(network.list("Hosts").await, 1);
-    let host = "<host mac='52:54:00:00:00:02' ip='10.77.0.201'/>";
-    network.call("Update", &("add-last", "ip-dhcp-host", host, options([]))).await.expect("added");
-    let of = async |command: &str, number: i32| {
-        let other = "<host mac='52:54:00:00:00:03' ip='10.77.0.202'/>";
-        network.call("Update", &(command, "ip-dhcp-host", other, options([("parent-index", number.into())]))).await
-    };
-    of("add-last", 0).await.expect("in the first <ip>");
-    refused(of("delete", 1).await, "ConfigInvalid", "number 1");
-    refused(of("delete", -2).await, "InvalidArgument", "counts from 0");
-    of("delete", -1).await.expect("in the first that fits");
-    assert!(network.xml(options([("inactive", Variant::from(true))])).await.contains("10.77.0.201"));
-    refused(
-        network.call("Update", &("add-last", "ip-dhcp-host", host, options([]))).await,
-        "ConfigInvalid",
-        "there already",
-    );
-    refused(
-        network.call("Update", &("grow", "ip-dhcp-host", host, options([]))).await,
-        "InvalidArgument",
-        "modify, delete",
-    );
-    refused(network.call("SetHost", &("web", "", "", options([]))).await, "InvalidArgument", "52:54:00:12:34:56");
-    network.call("RemoveHost", &("52:54:00:00:00:02", options([]))).await.expect("removed");
-    refused(
-        network.call("RemoveHost", &("52:54:00:00:00:02", options([]))).await,
-        "ConfigInvalid",
-        "nothing is reserved",
-    );
+    its_hosts_are_reserved(&network).await;
 
     // virtd is killed: bridge, rules and server go on, and the next one has it as it was.
     let before = network.xml(options([])).await;

@@ -119,6 +119,39 @@ async fn told(watch: &mut Watch, path: &str, last: &str) -> Vec<String> {
     seen
 }
 
+/// And no more than 64 KiB of it.
+async fn a_value_comes_by_descriptor(one: &Seen) {
+    let (ear, mut mouth) = std::io::pipe().unwrap();
+    mouth.write_all(b"by a pipe\n").unwrap();
+    drop(mouth);
+    let ear = std::fs::File::from(std::os::fd::OwnedFd::from(ear));
+    one.call("SetValueFromFD", &(descriptor(&ear), options([]))).await.expect("set");
+    assert_eq!(one.value().await.expect("told"), b"by a pipe\n");
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&[7; 65537]).unwrap();
+    std::io::Seek::rewind(&mut file).unwrap();
+    let fd: Fd<'static> = descriptor(&file);
+    let (error, why) = one.call("SetValueFromFD", &(fd, options([]))).await.expect_err("too large");
+    assert!(error.ends_with("InvalidArgument") && why.contains("65536"), "{error}: {why}");
+    assert_eq!(one.set(&[7; 65537]).await.expect_err("too large").0, "org.virt.Error.InvalidArgument");
+    assert_eq!(one.value().await.expect("told"), b"by a pipe\n", "what is refused changes nothing");
+    one.set(&[7; 65536]).await.expect("set");
+    assert_eq!(one.value().await.expect("told"), [7; 65536]);
+}
+
+/// What is private is told to nobody, and stays private; nor does another take its name.
+async fn what_is_private_stays_so(root: &Client, one: &Seen) {
+    Seen::define(root, &xml("private='yes'", UUID, "/srv/a.img")).await.expect("redefined");
+    let (error, why) = one.value().await.expect_err("private");
+    assert!(error.ends_with("AccessDenied") && why.contains("root included"), "{error}: {why}");
+    let lifted = Seen::define(root, &xml("private='no'", UUID, "/srv/a.img")).await.err().expect("refused");
+    assert_eq!(lifted.0, "org.virt.Error.OperationInvalid", "{}", lifted.1);
+    let taken = Seen::define(root, &xml("", "1a81f5b2-8403-7b23-c8d6-21ccc2f80d6f", "/srv/a.img")).await;
+    assert_eq!(taken.err().expect("taken").0, "org.virt.Error.SecretExists");
+    let odd = Seen::define(root, "<secret><value>x</value></secret>").await.err().expect("refused");
+    assert_eq!(odd.0, "org.virt.Error.ConfigInvalid", "{}", odd.1);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn secrets_are_defined_set_read_and_found_again() {
     let Some(mut daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
@@ -143,34 +176,9 @@ async fn secrets_are_defined_set_read_and_found_again() {
     let sealed = have(&["systemd-creds"]);
     assert!(["tpm2", "host-key"].contains(&protection.as_str()) || !sealed && protection == "file", "{protection}");
 
-    // By descriptor, and no more than 64 KiB.
-    let (ear, mut mouth) = std::io::pipe().unwrap();
-    mouth.write_all(b"by a pipe\n").unwrap();
-    drop(mouth);
-    let ear = std::fs::File::from(std::os::fd::OwnedFd::from(ear));
-    one.call("SetValueFromFD", &(descriptor(&ear), options([]))).await.expect("set");
-    assert_eq!(one.value().await.expect("told"), b"by a pipe\n");
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(&[7; 65537]).unwrap();
-    std::io::Seek::rewind(&mut file).unwrap();
-    let fd: Fd<'static> = descriptor(&file);
-    let (error, why) = one.call("SetValueFromFD", &(fd, options([]))).await.expect_err("too large");
-    assert!(error.ends_with("InvalidArgument") && why.contains("65536"), "{error}: {why}");
-    assert_eq!(one.set(&[7; 65537]).await.expect_err("too large").0, "org.virt.Error.InvalidArgument");
-    assert_eq!(one.value().await.expect("told"), b"by a pipe\n", "what is refused changes nothing");
-    one.set(&[7; 65536]).await.expect("set");
-    assert_eq!(one.value().await.expect("told"), [7; 65536]);
+    a_value_comes_by_descriptor(&one).await;
 
-    // What is private is told to nobody, and stays private.
-    Seen::define(&root, &xml("private='yes'", UUID, "/srv/a.img")).await.expect("redefined");
-    let (error, why) = one.value().await.expect_err("private");
-    assert!(error.ends_with("AccessDenied") && why.contains("root included"), "{error}: {why}");
-    let lifted = Seen::define(&root, &xml("private='no'", UUID, "/srv/a.img")).await.err().expect("refused");
-    assert_eq!(lifted.0, "org.virt.Error.OperationInvalid", "{}", lifted.1);
-    let taken = Seen::define(&root, &xml("", "1a81f5b2-8403-7b23-c8d6-21ccc2f80d6f", "/srv/a.img")).await;
-    assert_eq!(taken.err().expect("taken").0, "org.virt.Error.SecretExists");
-    let odd = Seen::define(&root, "<secret><value>x</value></secret>").await.err().expect("refused");
-    assert_eq!(odd.0, "org.virt.Error.ConfigInvalid", "{}", odd.1);
+    what_is_private_stays_so(&root, &one).await;
 
     // Look-up, and an ephemeral one, which is never on disk.
     let short = Seen::define(&root, "<secret ephemeral='yes'><description>for a while</description></secret>").await;

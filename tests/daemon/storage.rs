@@ -10,6 +10,7 @@ use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use zbus::wire::Fd;
 use zbus::{Message, ObjectPath, OwnedObjectPath, OwnedVariant, Variant};
 
 const STORAGE: &str = "org.virt.Manager.Storage";
@@ -269,6 +270,32 @@ fn ships_default(daemon: &Daemon) -> (String, PathBuf) {
     (format!("/org/virt/pool/_{}", uuid.replace('-', "_")), folder)
 }
 
+/// What somebody else makes appears by itself, and goes by itself.
+async fn what_others_make_comes_and_goes(client: &Client, watch: &mut Watch, pool: &Pool) {
+    pattern(&pool.at("dropped.img"), 1 << 20);
+    until(watch, "InterfacesAdded", "/volume/dropped_2eimg").await;
+    let file = pool.at("dropped.img").display().to_string();
+    let reply = client.call("/org/virt", &format!("{STORAGE}.GetVolumeByPath"), &(file,)).await;
+    let found: OwnedObjectPath = reply.expect("found").body().deserialize().expect("o");
+    assert_eq!(found.as_str(), pool.volume("dropped.img").await.expect("there").path);
+    fs::remove_file(pool.at("dropped.img")).expect("removed");
+    until(watch, "InterfacesRemoved", "/volume/dropped_2eimg").await;
+    let gone = pool.volume("dropped.img").await.map(|_| ()).expect_err("it is gone");
+    assert!(gone.0.ends_with("NoSuchVolume"), "{gone:?}");
+}
+
+/// Stopped, it has no volumes, and its files stay, also when it is undefined.
+async fn its_files_stay(pool: &Pool) {
+    let active = pool.run("Undefine", options([])).await.expect_err("it is active");
+    assert!(active.0.ends_with("OperationInvalid"), "{active:?}");
+    pool.run("Destroy", options([])).await.expect("stopped");
+    assert!(pool.list().await.is_empty() && pool.names() == ["kept"]);
+    let full = pool.run("Delete", options([])).await.expect_err("a file is in it");
+    assert!(full.1.contains("there are files in it"), "{full:?}");
+    pool.run("Undefine", options([])).await.expect("undefined");
+    assert!(pool.names() == ["kept"], "nothing is taken from the folder");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pool_is_defined_started_and_found_again() {
     let Some(mut daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
@@ -286,17 +313,7 @@ async fn a_pool_is_defined_started_and_found_again() {
     assert!(pool.get::<u64>("Capacity").await > 0 && pool.get::<bool>("Active").await);
     let bad = pool.run("Start", options([("biuld", true.into())])).await.expect_err("no such option");
     assert!(bad.0.ends_with("InvalidArgument") && bad.1.contains("was 'build' meant?"), "{}", bad.1);
-    // What somebody else makes appears by itself, and goes by itself.
-    pattern(&pool.at("dropped.img"), 1 << 20);
-    until(&mut watch, "InterfacesAdded", "/volume/dropped_2eimg").await;
-    let file = pool.at("dropped.img").display().to_string();
-    let reply = client.call("/org/virt", &format!("{STORAGE}.GetVolumeByPath"), &(file,)).await;
-    let found: OwnedObjectPath = reply.expect("found").body().deserialize().expect("o");
-    assert_eq!(found.as_str(), pool.volume("dropped.img").await.expect("there").path);
-    fs::remove_file(pool.at("dropped.img")).expect("removed");
-    until(&mut watch, "InterfacesRemoved", "/volume/dropped_2eimg").await;
-    let gone = pool.volume("dropped.img").await.map(|_| ()).expect_err("it is gone");
-    assert!(gone.0.ends_with("NoSuchVolume"), "{gone:?}");
+    what_others_make_comes_and_goes(&client, &mut watch, &pool).await;
     // Found again, whoever was killed; and as it runs, whatever is stored meanwhile.
     pool.add("kept", 1 << 20, options([])).await.expect("made");
     let uuid: String = pool.get("UUID").await;
@@ -348,78 +365,20 @@ async fn a_pool_is_defined_started_and_found_again() {
     client.call("/org/virt", &define, &anew(&folder)).await.expect("defined");
     pool.run("Start", options([])).await.expect("started");
     assert_eq!(pool.list().await, [("kept".to_owned(), "raw".to_owned(), 1 << 20)]);
-    // Stopped, it has no volumes, and its files stay.
-    let active = pool.run("Undefine", options([])).await.expect_err("it is active");
-    assert!(active.0.ends_with("OperationInvalid"), "{active:?}");
-    pool.run("Destroy", options([])).await.expect("stopped");
-    assert!(pool.list().await.is_empty() && pool.names() == ["kept"]);
-    let full = pool.run("Delete", options([])).await.expect_err("a file is in it");
-    assert!(full.1.contains("there are files in it"), "{full:?}");
-    pool.run("Undefine", options([])).await.expect("undefined");
-    assert!(pool.names() == ["kept"], "nothing is taken from the folder");
+    its_files_stay(&pool).await;
     let reply = client.call("/org/virt", &format!("{STORAGE}.GetStoragePoolByName"), &("images",)).await;
     assert!(reply.expect_err("gone").0.ends_with("NoSuchPool"));
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn what_is_made_holds_what_it_is_to_hold() {
-    if !have(&["qemu-img"]) {
-        return;
-    }
-    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
-    let client = Client { connection: daemon.connect().await };
-    let pool = Pool::started(&daemon, &client, "images").await;
-    let source = daemon.folder().join("source");
-    pattern(&source, (3 << 20) + 512);
-    let file = || descriptor(&fs::File::open(&source).expect("a file"));
-    // Imported in one step.
-    let xml = "<volume><name>a.img</name><capacity>0</capacity></volume>";
-    let a = pool.create(xml, options([("content", file().into())])).await.expect("made");
-    assert!(same(&source, &pool.at("a.img")));
-    assert_eq!((a.get::<u64>("Capacity").await, a.get::<String>("State").await), ((3 << 20) + 512, "ready".to_owned()));
-    let taken = pool.add("a.img", 1, options([])).await.map(|_| ()).expect_err("the name is taken");
-    assert!(taken.0.ends_with("VolumeExists"), "{taken:?}");
-    // Cloned as it is, converted, thin, and flattened again.
-    for (name, wanted) in [("b.img", options([])), ("c.img", options([("reflink", "never".into())]))] {
-        a.with("Clone", &(name, wanted)).await.expect(name);
-        assert!(same(&source, &pool.at(name)), "{name}");
-    }
-    a.with("Clone", &("d.qcow2", options([("format", "qcow2".into())]))).await.expect("converted");
-    let d = pool.volume("d.qcow2").await.expect("there");
-    assert_eq!(d.get::<String>("Format").await, "qcow2");
-    d.with("Clone", &("top.qcow2", options([("thin", true.into())]))).await.expect("thin");
-    let top = pool.volume("top.qcow2").await.expect("there");
-    assert_eq!(top.get::<ObjectPath<'static>>("BackingVolume").await.as_str(), d.path);
-    assert_eq!(d.users().await, [(top.path.clone(), String::new(), "backing".to_owned())]);
-    let held = d.run("Delete", options([("force", true.into())])).await.expect_err("a volume stands on it");
-    assert!(held.0.ends_with("InUse") && held.1.contains("volume 'top.qcow2' (backing)"), "{held:?}");
-    let flat = || options([("flatten", true.into()), ("format", "raw".into())]);
-    top.with("Clone", &("flat.img", flat())).await.expect("flattened");
-    assert!(same(&source, &pool.at("flat.img")));
-    // What is put on another is noted where it is made, and what a header says is nobody's wish.
-    top.with("Clone", &("copy.qcow2", options([]))).await.expect("copied");
-    let copy = pool.volume("copy.qcow2").await.expect("there");
-    copy.with("Clone", &("flat2.img", flat())).await.expect("flattened");
-    assert!(same(&source, &pool.at("flat2.img")));
-    let header = descriptor(&fs::File::open(pool.at("top.qcow2")).expect("a file"));
-    let forged = options([("format", "qcow2".into()), ("content", header.into())]);
-    let forged = pool.add("forged.qcow2", 0, forged).await.expect("made");
-    for (name, wanted) in [("flat3.img", flat()), ("thin.qcow2", options([("thin", true.into())]))] {
-        let refused = forged.with("Clone", &(name, wanted)).await.map(|_| ()).expect_err("it leads to another's");
-        assert!(refused.0.ends_with("StorageFailed") && refused.1.contains("nobody noted"), "{refused:?}");
-    }
-    let on_base = client.define(&machine("web", &pool.at("d.qcow2"), "qcow2")).await.expect("defined");
-    let refused = on_base.run("Start").await.expect_err("it would write what volumes stand on");
-    assert!(refused.0.ends_with("InUse") && refused.1.contains("of pool 'images'"), "{refused:?}");
-    // Files stay where they are when their pool is stopped.
-    pool.run("Destroy", options([])).await.expect("stopped");
-    let refused = on_base.run("Start").await.expect_err("they stand on it still");
-    assert!(refused.0.ends_with("InUse") && refused.1.contains("of pool 'images'"), "{refused:?}");
-    on_base.run("Undefine").await.expect("undefined");
-    pool.run("Start", options([])).await.expect("started");
+/// A file as it is given to virtd.
+fn opened(file: &Path) -> Fd<'static> {
+    descriptor(&fs::File::open(file).expect("a file"))
+}
+
+/// Of what a guest stands on others are made, and nobody else's disk is committed into it.
+async fn what_disks_stand_on_is_not_written(daemon: &Daemon, client: &Client, pool: &Pool, source: &Path) {
     let volume = async |name: &str| pool.volume(name).await.expect(name);
     let (b, d, top) = (volume("b.img").await, volume("d.qcow2").await, volume("top.qcow2").await);
-    // Of what a guest stands on others are made, and nobody else's disk is committed into it.
     let below = format!(
         "<backingStore type='file'><format type='qcow2'/><source file='{}'/><backingStore/></backingStore><target",
         pool.at("d.qcow2").display()
@@ -443,12 +402,47 @@ async fn what_is_made_holds_what_it_is_to_hold() {
     );
     let xml = machine("web", &daemon.folder().join("elsewhere.qcow2"), "qcow2").replace("<target", &below);
     let web = client.define(&xml).await.expect("defined");
-    for refused in [b.run("Wipe", options([])).await, b.with("Upload", &(file(), options([]))).await] {
+    for refused in [b.run("Wipe", options([])).await, b.with("Upload", &(opened(source), options([]))).await] {
         let refused = refused.expect_err("a disk stands on it");
         assert!(refused.0.ends_with("InUse") && refused.1.contains("domain 'web' (disk 'vda')"), "{refused:?}");
     }
-    assert!(same(&source, &pool.at("b.img")));
+    assert!(same(source, &pool.at("b.img")));
     web.run("Undefine").await.expect("undefined");
+}
+
+/// As it is, converted, thin, and flattened again.
+async fn is_cloned(pool: &Pool, a: &Volume, source: &Path) {
+    for (name, wanted) in [("b.img", options([])), ("c.img", options([("reflink", "never".into())]))] {
+        a.with("Clone", &(name, wanted)).await.expect(name);
+        assert!(same(source, &pool.at(name)), "{name}");
+    }
+    a.with("Clone", &("d.qcow2", options([("format", "qcow2".into())]))).await.expect("converted");
+    let d = pool.volume("d.qcow2").await.expect("there");
+    assert_eq!(d.get::<String>("Format").await, "qcow2");
+    d.with("Clone", &("top.qcow2", options([("thin", true.into())]))).await.expect("thin");
+    let top = pool.volume("top.qcow2").await.expect("there");
+    assert_eq!(top.get::<ObjectPath<'static>>("BackingVolume").await.as_str(), d.path);
+    assert_eq!(d.users().await, [(top.path.clone(), String::new(), "backing".to_owned())]);
+    let held = d.run("Delete", options([("force", true.into())])).await.expect_err("a volume stands on it");
+    assert!(held.0.ends_with("InUse") && held.1.contains("volume 'top.qcow2' (backing)"), "{held:?}");
+    let flat = || options([("flatten", true.into()), ("format", "raw".into())]);
+    top.with("Clone", &("flat.img", flat())).await.expect("flattened");
+    assert!(same(source, &pool.at("flat.img")));
+    // What is put on another is noted where it is made, and what a header says is nobody's wish.
+    top.with("Clone", &("copy.qcow2", options([]))).await.expect("copied");
+    let copy = pool.volume("copy.qcow2").await.expect("there");
+    copy.with("Clone", &("flat2.img", flat())).await.expect("flattened");
+    assert!(same(source, &pool.at("flat2.img")));
+    let header = opened(&pool.at("top.qcow2"));
+    let forged = options([("format", "qcow2".into()), ("content", header.into())]);
+    let forged = pool.add("forged.qcow2", 0, forged).await.expect("made");
+    for (name, wanted) in [("flat3.img", flat()), ("thin.qcow2", options([("thin", true.into())]))] {
+        let refused = forged.with("Clone", &(name, wanted)).await.map(|_| ()).expect_err("it leads to another's");
+        assert!(refused.0.ends_with("StorageFailed") && refused.1.contains("nobody noted"), "{refused:?}");
+    }
+}
+
+async fn a_snapshot_keeps_its_volume(pool: &Pool) {
     let kept = pool.add("s.qcow2", 1 << 20, options([("format", "qcow2".into())])).await.expect("made");
     let taken = Command::new("qemu-img").args(["snapshot", "-c", "one"]).arg(pool.at("s.qcow2")).status();
     assert!(taken.expect("it runs").success());
@@ -456,15 +450,18 @@ async fn what_is_made_holds_what_it_is_to_hold() {
     let refused = kept.run("Wipe", options([])).await.expect_err("a snapshot would go");
     assert!(refused.0.ends_with("OperationInvalid") && refused.1.contains("snapshots are in it"), "{refused:?}");
     kept.run("Delete", options([("with-snapshots", true.into())])).await.expect("deleted");
-    // Other sizes, other content.
+}
+
+/// And another size. Of what is refused nothing is written, and nothing is incomplete.
+async fn it_takes_other_content(pool: &Pool, b: &Volume, source: &Path) {
     let smaller = b.with("Resize", &(512u64, options([]))).await.expect_err("it would lose something");
     assert!(smaller.1.contains("say shrink"), "{smaller:?}");
     b.with("Resize", &(4u64 << 20, options([("allocate", true.into())]))).await.expect("resized");
     assert_eq!(b.get::<u64>("Capacity").await, 4 << 20);
     b.run("Wipe", options([])).await.expect("wiped");
     assert!(fs::read(pool.at("b.img")).unwrap().iter().all(|byte| *byte == 0));
-    b.with("Upload", &(file(), options([("sparse", true.into())]))).await.expect("uploaded");
-    assert!(same(&source, &pool.at("b.img")));
+    b.with("Upload", &(opened(source), options([("sparse", true.into())]))).await.expect("uploaded");
+    assert!(same(source, &pool.at("b.img")));
     assert_eq!(b.get::<u64>("Capacity").await, (3 << 20) + 512);
     let mut part = tempfile::tempfile().expect("a file");
     fs::File::write_all_at(&part, b"abc", 0).expect("written");
@@ -472,7 +469,6 @@ async fn what_is_made_holds_what_it_is_to_hold() {
         .await
         .expect("a part");
     assert_eq!(b.get::<String>("State").await, "ready");
-    // Of what is refused nothing is written, and nothing is incomplete.
     let (ear, mouth) = std::io::pipe().expect("a pipe");
     drop(mouth);
     let empty = descriptor(&fs::File::from(std::os::fd::OwnedFd::from(ear)));
@@ -491,6 +487,39 @@ async fn what_is_made_holds_what_it_is_to_hold() {
     part.rewind().expect("at its beginning");
     part.read_to_end(&mut read).expect("read");
     assert_eq!(&read[1..4], b"abc");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_made_holds_what_it_is_to_hold() {
+    if !have(&["qemu-img"]) {
+        return;
+    }
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let pool = Pool::started(&daemon, &client, "images").await;
+    let source = daemon.folder().join("source");
+    pattern(&source, (3 << 20) + 512);
+    // Imported in one step.
+    let xml = "<volume><name>a.img</name><capacity>0</capacity></volume>";
+    let a = pool.create(xml, options([("content", opened(&source).into())])).await.expect("made");
+    assert!(same(&source, &pool.at("a.img")));
+    assert_eq!((a.get::<u64>("Capacity").await, a.get::<String>("State").await), ((3 << 20) + 512, "ready".to_owned()));
+    let taken = pool.add("a.img", 1, options([])).await.map(|_| ()).expect_err("the name is taken");
+    assert!(taken.0.ends_with("VolumeExists"), "{taken:?}");
+    is_cloned(&pool, &a, &source).await;
+    let on_base = client.define(&machine("web", &pool.at("d.qcow2"), "qcow2")).await.expect("defined");
+    let refused = on_base.run("Start").await.expect_err("it would write what volumes stand on");
+    assert!(refused.0.ends_with("InUse") && refused.1.contains("of pool 'images'"), "{refused:?}");
+    // Files stay where they are when their pool is stopped.
+    pool.run("Destroy", options([])).await.expect("stopped");
+    let refused = on_base.run("Start").await.expect_err("they stand on it still");
+    assert!(refused.0.ends_with("InUse") && refused.1.contains("of pool 'images'"), "{refused:?}");
+    on_base.run("Undefine").await.expect("undefined");
+    pool.run("Start", options([])).await.expect("started");
+    what_disks_stand_on_is_not_written(&daemon, &client, &pool, &source).await;
+    let b = pool.volume("b.img").await.expect("there");
+    a_snapshot_keeps_its_volume(&pool).await;
+    it_takes_other_content(&pool, &b, &source).await;
     let xml: String = b.run("GetXML", options([])).await.expect("told").body().deserialize().expect("s");
     assert!(xml.contains("<name>b.img</name>") && xml.contains("<format type='raw'/>"), "{xml}");
     let on_d = ["top.qcow2", "copy.qcow2", "forged.qcow2"];

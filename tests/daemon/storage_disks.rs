@@ -56,6 +56,51 @@ fn refused<T>(result: Result<T, Refusal>, error: &str, why: &str) {
     assert!(name.ends_with(error) && text.contains(why), "{name}: {text}");
 }
 
+/// What is found of a machine with such a disk.
+async fn told(client: &Client, source: &str) -> String {
+    let body = (machine("none", source), options([]));
+    let reply = client.call("/org/virt", "org.virt.Manager.ValidateDomain", &body).await.expect("told");
+    let told: Vec<(String, u32, u32, String)> = reply.body().deserialize().expect("findings");
+    told.into_iter().map(|(_, _, _, text)| text).collect::<Vec<_>>().join("\n")
+}
+
+/// Beforehand, and when it is needed.
+async fn what_is_missing_is_told(client: &Client) {
+    assert_eq!(told(client, "pool='images' volume='web.img'").await, "");
+    for (source, error, why) in [
+        ("pool='images' volume='gone'", "NoSuchVolume", "pool 'images' has no volume 'gone'"),
+        ("pool='images' volume='../web.img'", "NoSuchVolume", "pool 'images' has no volume '../web.img'"),
+        ("pool='nowhere' volume='web.img'", "NoSuchPool", "nowhere"),
+    ] {
+        assert!(told(client, source).await.contains(why), "{source}: {}", told(client, source).await);
+        let none = client.define(&machine("none", source)).await.expect("stored all the same");
+        refused(none.run("Start").await, error, why);
+        none.run("Undefine").await.expect("undefined");
+    }
+    assert!(told(client, "pool='images'").await.contains("needs <source pool='…' volume='…'/>"));
+}
+
+async fn a_device_is_resolved_likewise(client: &Client, web: &Domain, images: &str, folder: &Path) {
+    let second = add(client, images, "more.img", options([])).await;
+    let disk = |volume: &str| {
+        format!("<disk type='volume'><source pool='images' volume='{volume}'/><target dev='vdb' bus='virtio'/></disk>")
+    };
+    let live = || options([("live", true.into()), ("config", true.into())]);
+    refused(web.call("AttachDevice", &(disk("gone"), live())).await, "NoSuchVolume", "disk 'vdb'");
+    web.call("AttachDevice", &(disk("more.img"), live())).await.expect("plugged in");
+    let more = folder.join("more.img").display().to_string();
+    assert!(web.xml().await.contains(&format!("file='{more}'")) && !stored_xml(web).await.contains("file="));
+    assert!(!web.property::<bool>("ConfigChanged").await);
+    let copied = async |name: &str| client.call(&second, &format!("{VOLUME}.Clone"), &(name, options([]))).await;
+    refused(copied("copy.img").await, "InUse", "domain 'web'");
+    web.call("DetachDevice", &(disk("more.img"), live())).await.expect("unplugged");
+    // What a guest only reads is copied meanwhile.
+    let read_only = disk("more.img").replace("<target", "<readonly/><target");
+    web.call("AttachDevice", &(&*read_only, live())).await.expect("plugged in");
+    copied("copy.img").await.expect("copied");
+    web.call("DetachDevice", &(read_only, live())).await.expect("unplugged");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_volume_is_a_machines_disk() {
     let Some(mut daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
@@ -64,25 +109,7 @@ async fn a_volume_is_a_machines_disk() {
     let volume = add(&client, &images, "web.img", options([])).await;
     let file = folder.join("web.img").display().to_string();
 
-    // What is missing is told beforehand, and when it is needed.
-    let told = async |source: &str| {
-        let body = (machine("none", source), options([]));
-        let reply = client.call("/org/virt", "org.virt.Manager.ValidateDomain", &body).await.expect("told");
-        let told: Vec<(String, u32, u32, String)> = reply.body().deserialize().expect("findings");
-        told.into_iter().map(|(_, _, _, text)| text).collect::<Vec<_>>().join("\n")
-    };
-    assert_eq!(told("pool='images' volume='web.img'").await, "");
-    for (source, error, why) in [
-        ("pool='images' volume='gone'", "NoSuchVolume", "pool 'images' has no volume 'gone'"),
-        ("pool='images' volume='../web.img'", "NoSuchVolume", "pool 'images' has no volume '../web.img'"),
-        ("pool='nowhere' volume='web.img'", "NoSuchPool", "nowhere"),
-    ] {
-        assert!(told(source).await.contains(why), "{source}: {}", told(source).await);
-        let none = client.define(&machine("none", source)).await.expect("stored all the same");
-        refused(none.run("Start").await, error, why);
-        none.run("Undefine").await.expect("undefined");
-    }
-    assert!(told("pool='images'").await.contains("needs <source pool='…' volume='…'/>"));
+    what_is_missing_is_told(&client).await;
 
     // Both ways it is known who uses it, and a path that a client has given is none.
     let web =
@@ -101,25 +128,7 @@ async fn a_volume_is_a_machines_disk() {
     assert_eq!(users(&client, &volume, VOLUME).await, [user("live"), user("config")]);
     refused(does_volume(&client, &volume, "Wipe").await, "InUse", "vda, live");
 
-    // A device and a medium are resolved likewise.
-    let second = add(&client, &images, "more.img", options([])).await;
-    let disk = |volume: &str| {
-        format!("<disk type='volume'><source pool='images' volume='{volume}'/><target dev='vdb' bus='virtio'/></disk>")
-    };
-    let live = || options([("live", true.into()), ("config", true.into())]);
-    refused(web.call("AttachDevice", &(disk("gone"), live())).await, "NoSuchVolume", "disk 'vdb'");
-    web.call("AttachDevice", &(disk("more.img"), live())).await.expect("plugged in");
-    let more = folder.join("more.img").display().to_string();
-    assert!(web.xml().await.contains(&format!("file='{more}'")) && !stored_xml(&web).await.contains("file="));
-    assert!(!web.property::<bool>("ConfigChanged").await);
-    let copied = async |name: &str| client.call(&second, &format!("{VOLUME}.Clone"), &(name, options([]))).await;
-    refused(copied("copy.img").await, "InUse", "domain 'web'");
-    web.call("DetachDevice", &(disk("more.img"), live())).await.expect("unplugged");
-    // What a guest only reads is copied meanwhile.
-    let read_only = disk("more.img").replace("<target", "<readonly/><target");
-    web.call("AttachDevice", &(&*read_only, live())).await.expect("plugged in");
-    copied("copy.img").await.expect("copied");
-    web.call("DetachDevice", &(read_only, live())).await.expect("unplugged");
+    a_device_is_resolved_likewise(&client, &web, &images, &folder).await;
 
     // A folder's pool just turns inactive, which no guest notices; the next start needs it.
     refused(does(&client, &images, "Undefine", options([])).await, "OperationInvalid", "active");
@@ -129,7 +138,7 @@ async fn a_volume_is_a_machines_disk() {
     web.run("Destroy").await.expect("ended");
     refused(does(&client, &images, "Undefine", options([])).await, "InUse", "domain 'web' (vda, config)");
     refused(web.run("Start").await, "OperationInvalid", "pool 'images' is inactive");
-    assert!(told("pool='images' volume='web.img'").await.contains("start it first"));
+    assert!(told(&client, "pool='images' volume='web.img'").await.contains("start it first"));
     let with_pool = || options([("start-dependencies", Variant::from(true))]);
     web.call("Start", &(with_pool(),)).await.expect("both are started");
     assert_eq!(client.property::<String>(&images, POOL, "State").await, "running");

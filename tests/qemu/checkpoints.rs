@@ -6,6 +6,7 @@ use crate::common::client::{Client, Domain, Refusal, options};
 use crate::common::cut_off::{Steps, Victims};
 use crate::common::guest::Tick;
 use crate::common::snapshots::{Player, with};
+use crate::disks_moved::{copy_to, finish};
 use crate::saved::{another, refused, ticking};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -25,6 +26,28 @@ fn bitmaps(image: &Path) -> BTreeMap<String, String> {
 
 async fn broken(domain: &Domain, name: &str) -> String {
     get::<String>(domain, name, "Broken").await
+}
+
+/// What a deleted checkpoint has left in a frozen layer keeps nobody from leaving that, and what another needs does.
+async fn what_is_needed_stays(player: &Player, tick: &Tick) {
+    let domain = &player.domain;
+    player.call("off", "Delete", with([("metadata-only", true)])).await.expect("forgotten");
+    assert_eq!(bitmaps(&tick.disk).into_keys().collect::<Vec<_>>(), ["one"]);
+    domain.run("Start").await.expect("started");
+    tick.goes_on().await;
+    create(domain, "four").await.expect("created");
+    let copy = copy_to(&tick.disk.with_extension("copy"), "qcow2");
+    let refusals = [
+        domain.call("BlockCopy", &("vda", copy.as_str(), options([]))).await,
+        domain.call("BlockCommit", &("vda", "", "", options([]))).await,
+    ];
+    for refusal in refusals {
+        refused(refusal, "OperationInvalid", &["checkpoint 'four'", "delete it"]);
+    }
+    call(domain, "four", "Delete", options([])).await.expect("deleted");
+    finish(domain, domain.call("BlockCommit", &("vda", "", "", options([]))).await).await;
+    finish(domain, domain.call("BlockCopy", &("vda", copy.as_str(), options([]))).await).await;
+    tick.goes_on().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -85,28 +108,7 @@ async fn bitmaps_outlive_virtd_the_guest_and_snapshots() {
     assert_eq!(bitmaps(&off_file).len(), 0);
     assert_eq!(list(&domain).await.len(), 0);
 
-    // What a deleted one has left in a frozen layer keeps nobody from leaving that, and what another needs does.
-    player.call("off", "Delete", with([("metadata-only", true)])).await.expect("forgotten");
-    assert_eq!(bitmaps(&tick.disk).into_keys().collect::<Vec<_>>(), ["one"]);
-    domain.run("Start").await.expect("started");
-    tick.goes_on().await;
-    create(&domain, "four").await.expect("created");
-    let copy = crate::disks_moved::copy_to(&tick.disk.with_extension("copy"), "qcow2");
-    let refusals = [
-        domain.call("BlockCopy", &("vda", copy.as_str(), options([]))).await,
-        domain.call("BlockCommit", &("vda", "", "", options([]))).await,
-    ];
-    for refusal in refusals {
-        refused(refusal, "OperationInvalid", &["checkpoint 'four'", "delete it"]);
-    }
-    call(&domain, "four", "Delete", options([])).await.expect("deleted");
-    let finish = async |job: Result<zbus::Message, Refusal>| {
-        let job: zbus::OwnedObjectPath = job.expect("ready").body().deserialize().expect("o");
-        domain.client.call(job.as_str(), "org.virt.Job.Finish", &(options([]),)).await.expect("finished");
-    };
-    finish(domain.call("BlockCommit", &("vda", "", "", options([]))).await).await;
-    finish(domain.call("BlockCopy", &("vda", copy.as_str(), options([]))).await).await;
-    tick.goes_on().await;
+    what_is_needed_stays(&player, &tick).await;
 }
 
 /// What is not a qcow2 image is refused by name, and leaves nothing.

@@ -283,17 +283,15 @@ async fn at_work(domain: &Domain) -> Vec<OwnedObjectPath> {
     jobs.body().deserialize().expect("ao")
 }
 
-/// The pace is QEMU's, also after another virtd; what limits the disk limits what it stands on then, a block device here.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_disk_with_limits_is_copied_at_a_pace_and_onto_a_block_device() {
+/// Finishes a job that is ready.
+pub async fn finish(domain: &Domain, job: Result<zbus::Message, Refusal>) {
+    let job: OwnedObjectPath = job.expect("ready").body().deserialize().expect("o");
+    domain.client.call(job.as_str(), &format!("{JOB}.Finish"), &(options([]),)).await.expect("finished");
+}
+
+/// The pace is QEMU's, also after another virtd: the machine as that one has it.
+async fn is_copied_at_a_pace(daemon: &mut Daemon, domain: Domain, tick: &Tick) -> Domain {
     const PACE: u64 = 65536;
-    let Some(mut daemon) = Daemon::on_session_bus().await else { return };
-    let Some(mut tick) = Tick::new(&daemon, "paced", "") else { return };
-    let limits = "<iotune><write_iops_sec>4000</write_iops_sec></iotune><target dev='vda'";
-    tick.xml = tick.xml.replacen("<target dev='vda'", limits, 1);
-    let domain = Client { connection: daemon.connect().await }.define(&tick.xml).await.expect("defined");
-    domain.run("Start").await.expect("started");
-    tick.counts_to(2).await;
     let copy = tick.disk.with_extension("copy");
     let slowly = options([("bandwidth", Variant::from(PACE)), ("no-wait", Variant::from(true))]);
     let mut watch = domain.client.watch().await;
@@ -322,18 +320,28 @@ async fn a_disk_with_limits_is_copied_at_a_pace_and_onto_a_block_device() {
     while domain.client.property::<String>(job.as_str(), JOB, "State").await == "running" {
         watch.next().await;
     }
+    domain
+}
+
+/// What limits the disk limits what it stands on then, a block device here.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_with_limits_is_copied_at_a_pace_and_onto_a_block_device() {
+    let Some(mut daemon) = Daemon::on_session_bus().await else { return };
+    let Some(mut tick) = Tick::new(&daemon, "paced", "") else { return };
+    let limits = "<iotune><write_iops_sec>4000</write_iops_sec></iotune><target dev='vda'";
+    tick.xml = tick.xml.replacen("<target dev='vda'", limits, 1);
+    let domain = Client { connection: daemon.connect().await }.define(&tick.xml).await.expect("defined");
+    domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    let domain = is_copied_at_a_pace(&mut daemon, domain, &tick).await;
 
     // An overlay is committed, and another merged with its snapshot.
-    let finish = async |job: Result<zbus::Message, Refusal>| {
-        let job: OwnedObjectPath = job.expect("ready").body().deserialize().expect("o");
-        domain.client.call(job.as_str(), &format!("{JOB}.Finish"), &(options([]),)).await.expect("finished");
-    };
     let alone = || with([("disk-only", true), ("no-metadata", true)]);
     domain
         .call("CreateSnapshot", &("<domainsnapshot><name>one</name></domainsnapshot>", alone()))
         .await
         .expect("taken");
-    finish(domain.call("BlockCommit", &("vda", "", "", options([]))).await).await;
+    finish(&domain, domain.call("BlockCommit", &("vda", "", "", options([]))).await).await;
     let (two, only) = ("<domainsnapshot><name>two</name></domainsnapshot>", with([("disk-only", true)]));
     domain.call("CreateSnapshot", &(two, only)).await.expect("taken");
     let two = format!("{}/snapshot/two", domain.path);
@@ -350,7 +358,7 @@ async fn a_disk_with_limits_is_copied_at_a_pace_and_onto_a_block_device() {
     let onto = format!("<disk type='block'><driver type='raw'/><source dev='{}'/></disk>", device.0.display());
     refused(domain.call("BlockCopy", &("vda", &onto, options([]))).await, "OperationInvalid", "reuse-external");
     let there = with([("reuse-external", true)]);
-    finish(domain.call("BlockCopy", &("vda", &onto, there)).await).await;
+    finish(&domain, domain.call("BlockCopy", &("vda", &onto, there)).await).await;
     let xml = domain.xml().await;
     assert!(xml.contains("type='block'") && xml.contains(&format!("<source dev='{}'", device.0.display())), "{xml}");
     tick.goes_on().await;

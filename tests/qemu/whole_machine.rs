@@ -327,29 +327,8 @@ async fn freeze(domain: &Domain, places: &[&str]) -> Result<u32, Refusal> {
     Ok(frozen.body().deserialize().expect("u"))
 }
 
-#[tokio::test]
-async fn variables_tpm_memory_and_disk_go_back_together() {
-    let Some(mut daemon) = Daemon::on_session_bus().await else { return };
-    if !have(&["swtpm", "swtpm_setup", "qemu-img"]) {
-        return;
-    }
-    if !Path::new("/usr/share/qemu/firmware").exists() {
-        return skip("there is no UEFI firmware (Debian has it in ovmf)");
-    }
-    let Some(files) = lin_files() else { return };
-    let disk = daemon.folder().join("whole.qcow2");
-    let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&disk).arg("64M").status();
-    assert!(made.expect("qemu-img").success());
-    let serial = daemon.folder().join("whole.serial");
-    std::fs::write(&serial, "").expect("written");
-    let client = Client { connection: daemon.connect().await };
-    let domain = client.define(&xml("whole", daemon.folder(), &files)).await.expect("defined");
-    let player = Player { domain };
-    player.domain.run("Start").await.expect("started");
-    let mut lin = Lin { serial, pcrs: HashMap::new(), seen: 0 };
-    lin.counts(|count| count >= 4).await;
-    agent_answers(&player.domain).await;
-
+/// While it runs, and from power off.
+async fn goes_back(player: &Player, lin: &mut Lin) {
     // All inside: memory with the TPM in it, the disk, the variables' own image.
     player.take("whole").await;
     let document = player.xml("whole").await;
@@ -376,6 +355,48 @@ async fn variables_tpm_memory_and_disk_go_back_together() {
     player.call("whole", "Revert", options([])).await.expect("reverted");
     lin.counts(|count| count < taken + 5).await;
     lin.counts(|count| count >= taken + 6).await;
+}
+
+/// A guest that wakes opens its agent's port anew.
+async fn sleeps_wakes_and_ends(client: &Client, domain: &Domain, lin: &mut Lin) {
+    let mut watch = client.watch().await;
+    domain.call("SuspendGuest", &("mem", options([]))).await.expect("asked");
+    assert_eq!(watch.lifecycle(&domain.path).await, "pmsuspended memory");
+    domain.bare("Wakeup").await.expect("woken");
+    assert_eq!(watch.lifecycle(&domain.path).await, "started wakeup");
+    let now = lin.counts(|_| true).await;
+    lin.counts(|count| count >= now + 3).await;
+    agent_answers(domain).await;
+    domain.call("Shutdown", &(options([("mode", Variant::from("agent"))]),)).await.expect("asked");
+    let ended = watch.until(&domain.path, "stopped shutdown").await;
+    assert_eq!(ended, ["shutdown guest", "stopped shutdown"]);
+    assert!(!domain.property::<bool>("AgentConnected").await);
+}
+
+#[tokio::test]
+async fn variables_tpm_memory_and_disk_go_back_together() {
+    let Some(mut daemon) = Daemon::on_session_bus().await else { return };
+    if !have(&["swtpm", "swtpm_setup", "qemu-img"]) {
+        return;
+    }
+    if !Path::new("/usr/share/qemu/firmware").exists() {
+        return skip("there is no UEFI firmware (Debian has it in ovmf)");
+    }
+    let Some(files) = lin_files() else { return };
+    let disk = daemon.folder().join("whole.qcow2");
+    let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&disk).arg("64M").status();
+    assert!(made.expect("qemu-img").success());
+    let serial = daemon.folder().join("whole.serial");
+    std::fs::write(&serial, "").expect("written");
+    let client = Client { connection: daemon.connect().await };
+    let domain = client.define(&xml("whole", daemon.folder(), &files)).await.expect("defined");
+    let player = Player { domain };
+    player.domain.run("Start").await.expect("started");
+    let mut lin = Lin { serial, pcrs: HashMap::new(), seen: 0 };
+    lin.counts(|count| count >= 4).await;
+    agent_answers(&player.domain).await;
+
+    goes_back(&player, &mut lin).await;
 
     // Its agent is there as it was, for the next virtd, too; and ends it.
     agent_answers(&player.domain).await;
@@ -398,19 +419,7 @@ async fn variables_tpm_memory_and_disk_go_back_together() {
     memory_is_given_back(&player.domain).await;
     a_vcpu_comes(&player.domain).await;
     devices_come_and_go(&daemon, &player.domain).await;
-    let mut watch = client.watch().await;
-    player.domain.call("SuspendGuest", &("mem", options([]))).await.expect("asked");
-    assert_eq!(watch.lifecycle(&player.domain.path).await, "pmsuspended memory");
-    player.domain.bare("Wakeup").await.expect("woken");
-    assert_eq!(watch.lifecycle(&player.domain.path).await, "started wakeup");
-    let now = lin.counts(|_| true).await;
-    lin.counts(|count| count >= now + 3).await;
-    // A guest that wakes opens the port anew.
-    agent_answers(&player.domain).await;
-    player.domain.call("Shutdown", &(options([("mode", Variant::from("agent"))]),)).await.expect("asked");
-    let ended = watch.until(&player.domain.path, "stopped shutdown").await;
-    assert_eq!(ended, ["shutdown guest", "stopped shutdown"]);
-    assert!(!player.domain.property::<bool>("AgentConnected").await);
+    sleeps_wakes_and_ends(&client, &player.domain, &mut lin).await;
     let nvram = options([("nvram", Variant::from(true)), ("snapshots-metadata", Variant::from(true))]);
     player.domain.call("Undefine", &(nvram,)).await.expect("undefined");
 }
