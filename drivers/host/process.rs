@@ -214,7 +214,7 @@ mod tests {
         let identity = Identity::of(child.id() as i32).unwrap();
         let fd = identity.open().unwrap().unwrap();
         child.kill().unwrap();
-        assert!(wait_for_end(&fd, 10_000));
+        assert!(wait_for_end(&fd, Duration::from_secs(10)));
         assert!(identity.open().unwrap().is_none());
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::common::Daemon;
 use crate::common::checkpoints::{breaks, call, create, get, list};
-use crate::common::client::{Client, Domain, Refusal, options};
+use crate::common::client::{Client, Domain, options};
 use crate::common::cut_off::{Steps, Victims};
 use crate::common::guest::Tick;
 use crate::common::snapshots::{Player, with};

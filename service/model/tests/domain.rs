@@ -181,7 +181,7 @@ const CANNOT_BE: &[(&str, &str, &str)] = &[
 
 #[test]
 fn what_cannot_be_is_refused_by_name() {
-    for (outside, devices, expected) in *CANNOT_BE {
+    for (outside, devices, expected) in CANNOT_BE {
         let found = findings(&with(outside, devices));
         assert!(found.iter().any(|finding| finding.contains(expected)), "{outside}{devices}: {expected}: {found:#?}");
     }
