@@ -24,6 +24,7 @@ mod lifecycle;
 mod link;
 mod managed;
 mod media;
+mod power;
 mod reports;
 mod save;
 mod settings;
