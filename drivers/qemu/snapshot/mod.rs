@@ -32,9 +32,11 @@ mod pipe;
 mod reading;
 mod reconfigure;
 mod recover;
+mod resize;
 mod revert;
 mod save;
 mod seal;
+mod settle;
 mod survey;
 
 pub use files::open_memory;
