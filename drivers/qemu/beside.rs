@@ -1,9 +1,10 @@
 //! A program that runs beside a guest's QEMU is started: with the guest, or with the device that needs it.
 
 use super::companion::{Gifts, Living, Recorded};
-use super::launch::{COMPANION_FILE, DESCRIPTORS, Job, spawn_companion, storage, unshown};
+use super::launch::{COMPANION_FILE, DESCRIPTORS, storage, unshown};
 use super::plan::Companion;
 use super::record::Keeper;
+use super::spawn::{Job, spawn_companion};
 use super::tune::Bounds;
 use super::wall::{self, Mason};
 use crate::host::access::LentFile;

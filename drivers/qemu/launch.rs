@@ -6,7 +6,7 @@ use super::beside::{self, Side};
 use super::block::Nodes;
 use super::capabilities::BUILD;
 use super::changes::{Change, Claims, SYSFS};
-use super::companion::{self, Companions, Gifts, Living, Recorded};
+use super::companion::{self, Companions, Gifts, Living};
 use super::consoles::Consoles;
 use super::events::Guest;
 use super::expanded;
@@ -22,6 +22,7 @@ use super::record::{Keeper, Phase, Record};
 use super::report::Reporter;
 use super::room;
 use super::snapshot::open_memory;
+use super::spawn::{Job, spawn_one};
 use super::takeover::take_over;
 use super::tune::{Bounds, Tuning};
 use super::wall;
@@ -29,12 +30,9 @@ use crate::host::access::{LentFile, Want};
 use crate::host::files::Program;
 use crate::host::lender::Lender;
 use crate::host::macvtap::Macvtap;
-use crate::host::process::{Identity, Process};
+use crate::host::process::Process;
 use crate::host::secret;
-use crate::host::spawn::{Plan, Spawned, spawn};
 use crate::host::tap::name_of;
-use crate::host::user::RunAs;
-use crate::host::wall::Wall;
 use crate::host::workers::blocking;
 use crate::host::workers::{ClosedAside, Errand, Stop, Workers};
 use crate::network::OwnNetwork;
@@ -46,7 +44,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -160,34 +158,6 @@ struct Prepared {
     companions: Vec<(Companion, Gifts)>,
     /// What they were lent.
     lent: Vec<LentFile>,
-}
-
-/// A process that is to be made.
-pub struct Job {
-    /// The program, an absolute path.
-    pub program: PathBuf,
-    /// The file itself, where it was judged; else what the path means.
-    pub judged: Option<Arc<Program>>,
-    /// Without the program's name.
-    pub args: Vec<String>,
-    /// All of it.
-    pub env: Vec<(String, String)>,
-    /// What it prints goes there.
-    pub output: Arc<File>,
-    /// What it finds open.
-    pub gifts: Gifts,
-    /// As whom it runs, if not as we do.
-    pub user: Option<RunAs>,
-    /// Bytes that it may keep from being swapped.
-    pub lock_limit: Option<u64>,
-    /// How many it may have.
-    pub descriptors: Option<u64>,
-    /// How long files may become that it writes.
-    pub file_limit: Option<u64>,
-    /// It runs as virtd does.
-    pub privileged: bool,
-    /// What its guest may take of the host.
-    pub bounds: Option<(Uuid, Bounds)>,
 }
 
 impl Start {
@@ -640,62 +610,6 @@ pub fn unshown(whom: &str, error: &io::Error) -> DriverError {
 
 pub fn storage(path: &Path, error: &io::Error) -> DriverError {
     DriverError::Storage(format!("{}: {error}", path.display()))
-}
-
-pub async fn spawn_companion(
-    keeper: &Arc<Keeper>,
-    job: Job,
-    wall: impl FnOnce() -> Result<Wall, DriverError> + Send + 'static,
-    record: impl FnOnce(Identity) -> Recorded + Clone + Send + 'static,
-) -> Result<Living, DriverError> {
-    let enter = record.clone();
-    let spawned = spawn_one(keeper, job, wall, move |record, process| record.companions.push(enter(process)));
-    spawned.await.map(|(identity, process)| Living { recorded: record(identity), process })
-}
-
-/// Makes a process behind that wall, which is recorded before it runs. Cannot be interrupted; takes moments.
-async fn spawn_one(
-    keeper: &Arc<Keeper>,
-    job: Job,
-    wall: impl FnOnce() -> Result<Wall, DriverError> + Send + 'static,
-    change: impl FnOnce(&mut Record, Identity) + Send + 'static,
-) -> Result<(Identity, Process), DriverError> {
-    let (keeper, name) = (keeper.clone(), job.program.display().to_string());
-    let spawned = blocking(move || {
-        let wall = wall()?;
-        let joined = AtomicBool::new(false);
-        let join = || {
-            let entered = job.bounds.iter().all(|(guest, bounds)| bounds.enter(*guest));
-            joined.store(entered, Ordering::Release);
-        };
-        let plan = Plan {
-            program: &job.program,
-            judged: job.judged.as_deref(),
-            args: &job.args,
-            env: &job.env,
-            output: &job.output,
-            gifts: job.gifts,
-            user: job.user.as_ref(),
-            lock_limit: job.lock_limit,
-            descriptors: job.descriptors,
-            file_limit: job.file_limit,
-            wall: Some(&wall),
-            join: &join,
-            privileged: job.privileged,
-        };
-        let spawned = spawn(plan, |identity| {
-            keeper.update(|record| change(record, identity.clone()))?;
-            // While it waits: it never was without.
-            if !joined.load(Ordering::Acquire) {
-                job.bounds.iter().for_each(|(guest, bounds)| bounds.hold(*guest, identity.pid));
-            }
-            Ok(())
-        });
-        spawned.map_err(|e| DriverError::Hypervisor(e.to_string()))
-    });
-    let Spawned { identity, fd } = spawned.await??;
-    let process = Process::new(fd).map_err(|e| DriverError::Internal(format!("cannot watch {name}: {e}")))?;
-    Ok((identity, process))
 }
 
 /// Why a start fails whose companion has gone; nothing while all are there. QEMU's own end, which takes them along, is told

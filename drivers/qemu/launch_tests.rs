@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::DriverConfig;
+use crate::host::process::Identity;
 use crate::qemu::QemuDriver;
 use crate::qemu::plan::BEFORE_DEVICES;
 use virt_model::driver::{Driver, Launch};

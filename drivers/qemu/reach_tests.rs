@@ -21,7 +21,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Mutex;
 use std::time::Duration;
 use uuid::Uuid;
-use virt_model::driver::Recorder;
+use virt_model::driver::{Driver, Recorder};
 
 /// What tells the process in a guest's place what to do.
 const TASK: &str = "VIRTD_IN_A_GUESTS_PLACE";
