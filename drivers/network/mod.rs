@@ -24,7 +24,7 @@ mod rules;
 mod serve;
 mod server;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 pub mod zones;
 
 use crate::host::process::{End, Process};

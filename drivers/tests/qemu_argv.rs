@@ -464,6 +464,14 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (device("<audio id='1' type='none'><output tryPoll='yes'/></audio>"), "tryPoll is for"),
         (device("<interface type='user'><vlan><tag id='1'/></vlan></interface>"), "VLANs are for type='network'"),
         (device("<interface type='user'><coalesce/></interface>"), "<coalesce> is for"),
+        (
+            device("<interface type='user'><filterref filter='allow-arp'/></interface>"),
+            "filters are for type='network'",
+        ),
+        (
+            device("<interface type='network'><source network='n'/><filterref filter='clean-traffic'/></interface>"),
+            "the filter 'clean-traffic' needs <parameter name='IP' value='…'/>",
+        ),
         (tagged("", ""), "needs a <tag>"),
         (tagged("", "<tag id='4095'/>"), "VLANs are 1 to 4094"),
         (tagged("trunk='no'", "<tag id='1'/><tag id='2'/>"), "is a trunk"),
@@ -505,6 +513,7 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (host_card("<vlan><tag id='4' nativeMode='tagged'/></vlan>"), "a nativeMode is for type='bridge'"),
         (host_card("<vlan><tag id='4'/><tag id='5'/></vlan>"), "one VLAN tag, from 1 to 4094"),
         (host_card("<coalesce/>"), "a card of the host's has no <coalesce>"),
+        (host_card("<filterref filter='allow-arp'/>"), "a card of the host's has no <filterref>"),
         (device("<interface type='udp'><source address='1.2.3.4' port='1'/></interface>"), "needs <local> with a port"),
         (device("<interface type='user'><ip address='1.2.3'/></interface>"), "no address of the family"),
         (device("<interface type='user'><portForward proto='tcp'/></interface>"), "<backend type='passt'/>"),

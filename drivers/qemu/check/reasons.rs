@@ -230,7 +230,6 @@ const REASONS: &[(&str, &[&str])] = &[
         "a rate that a network keeps free is not kept: say average and peak",
         &["devices/interface/bandwidth/inbound/@floor"],
     ),
-    ("there are no network filters here: filter on the host's bridge", &["devices/interface/filterref"]),
     ("virtual ports (Open vSwitch and the like) are not supported yet", &["devices/interface/virtualport"]),
     (
         "encrypting a TPM's state is not supported yet: there is no store of secrets",

@@ -229,6 +229,8 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/interface/port", "isolated"),
     ("devices/interface/vlan", "trunk"),
     ("devices/interface/vlan/tag", "id nativeMode"),
+    ("devices/interface/filterref", "filter"),
+    ("devices/interface/filterref/parameter", "name value"),
     ("devices/interface/coalesce", ""),
     ("devices/interface/coalesce/rx", ""),
     ("devices/interface/coalesce/rx/frames", "max"),
