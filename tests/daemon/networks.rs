@@ -13,6 +13,10 @@ const MACHINE: &str = "<domain type='test'><name>web</name><memory>65536</memory
      <interface type='network'><mac address='52:54:00:00:00:01'/><source network='home'/></interface>\
      </devices></domain>";
 
+/// It is no network's guest; its display listens on the address of one.
+const SEEN: &str = "<domain type='test'><name>seen</name><memory>65536</memory><os><type>hvm</type></os><devices>\
+     <graphics type='vnc'><listen type='network' network='home'/></graphics></devices></domain>";
+
 async fn daemon() -> Option<Daemon> {
     if !have(&["nft", "dnsmasq", "ip"]) {
         return None;
@@ -106,7 +110,21 @@ async fn n5_a_network_from_its_definition_to_its_end() {
     refused(network.does("Destroy", options([])).await, "OperationInvalid", "not active");
     refused(network.does("Start", options([("fast", Variant::from(true))])).await, "InvalidArgument", "fast");
     assert_eq!(network.check("CheckStart").await, (true, String::new()));
+    let seen = client.define(SEEN).await.expect("defined");
+    refused(
+        seen.run("Start").await,
+        "OperationInvalid",
+        "a display that listens on network 'home', which is not active",
+    );
     network.does("Start", options([])).await.expect("started");
+    seen.run("Start").await.expect("started");
+    let (live, stored) = (seen.xml().await, options([("inactive", Variant::from(true))]));
+    assert!(live.contains("network='home'") && live.contains("address='10.77.0.1'"), "{live}");
+    let stored = seen.call("GetXML", &(stored,)).await.expect("XML").body().deserialize::<String>().expect("text");
+    assert!(stored.contains("network='home'") && !stored.contains("10.77.0.1"), "{stored}");
+    refused(network.does("Destroy", options([])).await, "InUse", "domain 'seen' (vnc, live)");
+    seen.run("Destroy").await.expect("destroyed");
+    seen.run("Undefine").await.expect("undefined");
     assert_eq!(there(&daemon), (true, true));
     let is = network.is().await;
     let text = |name: &str| String::try_from(is[name].clone()).expect(name);

@@ -146,9 +146,9 @@ async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
     for (name, mac, peer) in [("alpha", "52:54:00:00:00:11", "beta.lab"), ("beta", "52:54:00:00:00:12", "alpha.lab")] {
         let serial = daemon.folder().join(format!("{name}.serial"));
         std::fs::write(&serial, "").expect("written");
-        // What one of them sends is looked at.
-        let clean =
-            "<filterref filter='clean-traffic'><parameter name='IP' value='10.77.0.200'/></filterref></interface>";
+        // What one of them sends is looked at, and its screen is seen at the network's address.
+        let clean = "<filterref filter='clean-traffic'><parameter name='IP' value='10.77.0.200'/></filterref></interface>\
+            <graphics type='vnc'><listen type='network' network='home'/></graphics>";
         let xml = xml(name, mac, peer, &serial, &files);
         let xml = if name == "beta" { xml.replace("</interface>", clean) } else { xml };
         let domain = client.define(&xml).await.expect("defined");
@@ -216,6 +216,9 @@ async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
         .expect("properties");
     assert_eq!(*properties["Active"], Variant::from(true));
     assert_eq!(filters(&daemon), 1);
+    let says = "exec 3<>/dev/tcp/10.77.0.1/5900; head -c 3 <&3";
+    let screen = daemon.inside("timeout").args(["60", "bash", "-c", says]).output().expect("bash");
+    assert_eq!(String::from_utf8_lossy(&screen.stdout), "RFB", "{screen:?}");
     let beta = client.named("beta").await.expect("it runs");
     beta.run("Destroy").await.expect("destroyed");
     beta.is_off().await;

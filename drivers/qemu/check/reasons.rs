@@ -212,8 +212,8 @@ const REASONS: &[(&str, &[&str])] = &[
         &["devices/interface/backend/@tap", "devices/interface/backend/@vhost"],
     ),
     (
-        "which address a network has is not looked up: use <listen type='address'/>",
-        &["devices/graphics/listen/@network", "devices/graphics/listen/@fromConfig"],
+        "is of a machine that runs: a network's address is looked up at each start",
+        &["devices/graphics/listen/@fromConfig"],
     ),
     (
         "is for windows on a desktop beside the guest, which are not supported: use vnc, spice or dbus",

@@ -269,7 +269,7 @@ const ACTS: &[(&str, &str)] = &[
         "devices/graphics",
         "type port tlsPort autoport websocket listen socket keymap passwd passwdValidTo connected sharePolicy powerControl p2p defaultMode",
     ),
-    ("devices/graphics/listen", "type address socket"),
+    ("devices/graphics/listen", "type address network socket"),
     ("devices/graphics/channel", "name mode"),
     ("devices/graphics/image", "compression"),
     ("devices/graphics/jpeg", "compression"),
