@@ -34,6 +34,8 @@ install: build
 	    $(DESTDIR)$(LIBDIR)/systemd/system/virtd.service \
 	    $(DESTDIR)$(LIBDIR)/systemd/user/virtd.service
 	$(PUT) data/networks/default.xml $(DESTDIR)$(DATADIR)/virtd/networks/default.xml
+	$(PUT) data/firewalld/zones/virt.xml $(DESTDIR)$(LIBDIR)/firewalld/zones/virt.xml
+	$(PUT) data/firewalld/policies/virt-in.xml $(DESTDIR)$(LIBDIR)/firewalld/policies/virt-in.xml
 	$(PUT) data/pools/default.xml $(DESTDIR)$(DATADIR)/virtd/pools/default.xml
 	$(PUT) data/sysusers.conf $(DESTDIR)$(LIBDIR)/sysusers.d/virtd.conf
 	$(PUT) data/tmpfiles.conf $(DESTDIR)$(LIBDIR)/tmpfiles.d/virtd.conf

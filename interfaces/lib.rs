@@ -7,6 +7,7 @@
 pub mod bus;
 pub mod caller;
 pub mod error;
+pub mod firewalld;
 pub mod link;
 #[allow(clippy::disallowed_methods, reason = "its own standard error")]
 pub mod log;

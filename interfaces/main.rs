@@ -17,6 +17,7 @@ use virt_drivers::nodedev::LinuxDevices;
 use virt_service::authz::Authority;
 use virt_service::{Host, Service, Settings};
 use virtd::caller::Callers;
+use virtd::firewalld::Firewalld;
 use virtd::link::Link;
 use virtd::polkit::{Bus, Polkit};
 use virtd::session::OwnerOnly;
@@ -92,9 +93,19 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let driver_config = driver_config(arguments.kind(), config.qemu, &folders, own_network);
     let secrets = driver_config.secrets.clone();
     let devices = LinuxDevices::new(driver_config.claims.clone(), driver_config.system);
-    let networks = Arc::new(HostNetworks::new(&folders.runtime, &folders.state, program));
+    let networks = HostNetworks::new(&folders.runtime, &folders.state, program);
+    let networks = match arguments.kind() {
+        Kind::Session => networks,
+        Kind::System => match Firewalld::connect().await {
+            Ok(firewalld) => networks.with_zones(Arc::new(firewalld)),
+            Err(error) => {
+                tracing::warn!(%error, "networks' bridges are put into no zone of firewalld's");
+                networks
+            }
+        },
+    };
     let (drivers, storage) = virt_drivers::with_storage(driver_config);
-    let host = Host { secrets, storage, networks };
+    let host = Host { secrets, storage, networks: Arc::new(networks) };
     let settings = Settings { paths: folders.paths(), limits: config.limits.into() };
     let opened = Service::open(settings, drivers, host, authority, Arc::new(callers.clone())).await;
     let (service, events) = opened.map_err(|error| error.to_string())?;

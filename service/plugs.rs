@@ -8,8 +8,9 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, OnceLock};
 use uuid::Uuid;
-use virt_model::device::Interface;
+use virt_model::device::display::ListenKind;
 use virt_model::device::interface::{InterfaceKind, Mtu};
+use virt_model::device::{Graphics, Interface};
 use virt_model::domain::DomainDef;
 use virt_model::driver::network::{Lease, PluggedCard};
 use virt_model::network::NetworkDef;
@@ -53,15 +54,14 @@ impl Plugs {
         let _ = self.starter.set(starter);
     }
 
-    /// Starts the networks that a machine is to be in, those that are stored and not active, if the caller may.
+    /// Starts the networks that a machine names, those that are stored and not active, if the caller may.
     pub async fn start_for(&self, caller: &Caller, def: &DomainDef) -> Result<()> {
-        let cards = def.devices.interfaces.iter().filter(|card| card.kind == InterfaceKind::Network);
-        for named in cards.filter_map(|card| card.source.as_ref()?.network.clone()) {
-            let inactive = matches!(lock(&self.networks).get(&named), Some(None));
+        for (named, _) in def.named_networks() {
+            let inactive = matches!(lock(&self.networks).get(named), Some(None));
             let Some(starter) = self.starter.get().filter(|_| inactive) else { continue };
-            match starter(caller.clone(), named.clone()).await {
+            match starter(caller.clone(), named.to_owned()).await {
                 // Another machine's start has started it meanwhile.
-                Err(Error::OperationInvalid(_)) if self.network(&named).is_some() => {}
+                Err(Error::OperationInvalid(_)) if self.network(named).is_some() => {}
                 started => started?,
             }
         }
@@ -104,13 +104,47 @@ impl Plugs {
 
     /// Says in a definition which bridge each card in a network is plugged into, and what its network has it held to: whoever
     /// defines the machine need not be who defines the network, and cannot undo what that says. The bridge that an earlier start
-    /// said is of no account. Errors: `NoSuchNetwork`, `OperationInvalid` if it is not active.
+    /// said is of no account. So is it with the address on which a display listens. Errors: `NoSuchNetwork`, `OperationInvalid` if it is
+    /// not active, or has no address for that.
     pub fn plug(&self, def: &mut Arc<DomainDef>) -> Result<()> {
-        if def.devices.interfaces.iter().all(|card| card.kind != InterfaceKind::Network) {
+        if def.named_networks().next().is_none() {
             return Ok(());
         }
         let name = def.name.clone();
-        Arc::make_mut(def).devices.interfaces.iter_mut().try_for_each(|card| self.plug_card(&name, card))
+        let devices = &mut Arc::make_mut(def).devices;
+        devices.interfaces.iter_mut().try_for_each(|card| self.plug_card(&name, card))?;
+        devices.graphics.iter_mut().try_for_each(|display| self.place_display(&name, display))
+    }
+
+    /// Says on which address a display listens that listens on a network's: the host's first one there.
+    fn place_display(&self, domain: &str, display: &mut Graphics) -> Result<()> {
+        for listen in display.listens.iter_mut().filter(|listen| listen.kind == ListenKind::Network) {
+            let named = listen.network.clone().unwrap_or_default();
+            let network = self.active(domain, "a display that listens on", &named)?;
+            let address = network.addresses().first().map(|(address, _)| address.to_string()).ok_or_else(|| {
+                Error::OperationInvalid(format!(
+                    "domain '{domain}' has a display that listens on network '{}', where the host has no address of virtd's: \
+                     name one (<listen type='address' address='…'/>)",
+                    shorten(&named)
+                ))
+            })?;
+            listen.address = Some(address);
+        }
+        if let Some(first) = display.listens.first().filter(|listen| listen.kind == ListenKind::Network) {
+            display.listen = first.address.clone();
+        }
+        Ok(())
+    }
+
+    /// What there is on the host of a network of which a machine has `what`.
+    fn active(&self, domain: &str, what: &str, named: &str) -> Result<Arc<NetworkDef>> {
+        match lock(&self.networks).get(named) {
+            Some(Some(network)) => Ok(network.clone()),
+            Some(None) => Err(Error::OperationInvalid(format!(
+                "domain '{domain}' has {what} network '{named}', which is not active: start it first"
+            ))),
+            None => Err(Error::NoSuchNetwork { what: "name", value: shorten(named) }),
+        }
     }
 
     /// The same of one card, if it is in a network.
@@ -120,15 +154,7 @@ impl Plugs {
         }
         let source = card.source.get_or_insert_default();
         let named = source.network.clone().unwrap_or_default();
-        let network = match lock(&self.networks).get(&named) {
-            Some(Some(network)) => network.clone(),
-            Some(None) => {
-                let text =
-                    format!("domain '{domain}' has a card in network '{named}', which is not active: start it first");
-                return Err(Error::OperationInvalid(text));
-            }
-            None => return Err(Error::NoSuchNetwork { what: "name", value: shorten(&named) }),
-        };
+        let network = self.active(domain, "a card in", &named)?;
         source.bridge = network.bridge_name().map(str::to_owned);
         let group = network.group(source.rest.attr("portgroup")).map_err(Error::OperationInvalid)?;
         // Of limits and MTU what the card says itself counts more.
@@ -169,6 +195,29 @@ mod tests {
             format!("<domain type='test'><name>web</name><memory>1024</memory><devices>{card}</devices></domain>");
         let mut def = Arc::new(DomainDef::parse(&text).expect("a domain"));
         plugs.plug(&mut def).map(|()| def.devices.interfaces[0].clone())
+    }
+
+    #[test]
+    fn a_display_listens_on_its_networks_address() {
+        let plugs = Plugs::default();
+        let listens = |form: &str| {
+            let display = "<graphics type='vnc'><listen type='network' network='home' address='192.0.2.1'/></graphics>";
+            let text = format!(
+                "<domain type='test'><name>web</name><memory>1024</memory><devices>{display}</devices></domain>"
+            );
+            let mut def = Arc::new(DomainDef::parse(&text).expect("a domain"));
+            plugs.are("home", Some(&Arc::new(NetworkDef::parse(form).expect("a network"))), &Arc::default());
+            plugs.plug(&mut def).map(|()| def.devices.graphics[0].clone())
+        };
+        let network = "<network><name>home</name><bridge name='virbr7'/><ip address='10.0.0.1' prefix='24'/></network>";
+        let display = listens(network).expect("placed");
+        assert_eq!(display.listens[0].address.as_deref(), Some("10.0.0.1"), "an earlier address is forgotten");
+        assert_eq!(
+            (display.listen.as_deref(), display.listens[0].network.as_deref()),
+            (Some("10.0.0.1"), Some("home"))
+        );
+        let none = listens("<network><name>home</name><forward mode='bridge'/><bridge name='br0'/></network>");
+        assert!(none.unwrap_err().to_string().contains("no address of virtd's"));
     }
 
     #[test]

@@ -6,7 +6,6 @@ use crate::object::{ObjectRef, Usage, User};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Mutex;
-use virt_model::device::interface::InterfaceKind;
 use virt_model::domain::DomainDef;
 use virt_model::secret::SecretName;
 
@@ -24,7 +23,7 @@ pub enum Needed {
 pub struct Need {
     /// What.
     pub what: Needed,
-    /// Where: the target of a disk, the address of a card, the name of a volume.
+    /// Where: the target of a disk, the address of a card, the kind of a display, the name of a volume.
     pub place: Box<str>,
 }
 
@@ -32,12 +31,8 @@ pub struct Need {
 pub(crate) fn needs_of(def: &DomainDef) -> Box<[Need]> {
     let secrets = def.secret_names().into_iter();
     let secrets = secrets.map(|(disk, name)| Need { what: Needed::Secret(name), place: disk.into() });
-    let cards = def.devices.interfaces.iter().filter(|card| card.kind == InterfaceKind::Network);
-    let networks = cards.filter_map(|card| {
-        let name = card.source.as_ref()?.network.as_deref()?;
-        let place = card.mac().map(|mac| mac.to_string()).unwrap_or_default();
-        Some(Need { what: Needed::Network(name.into()), place: place.into() })
-    });
+    let networks =
+        def.named_networks().map(|(name, place)| Need { what: Needed::Network(name.into()), place: place.into() });
     secrets.chain(networks).collect()
 }
 

@@ -10,6 +10,7 @@ pub mod cgroup;
 pub(crate) mod chain;
 pub mod console;
 pub mod files;
+pub mod filter;
 pub mod given;
 mod handle;
 pub mod image;

@@ -2,6 +2,7 @@
 //! their descriptors. Needs the right to administer the host's network.
 
 use super::apart;
+use super::filter::FilterPlan;
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read};
@@ -35,6 +36,8 @@ pub struct TapPlan {
     pub isolated: bool,
     /// The bridge's VLANs that it is in; none: as the bridge has it.
     pub vlans: Vec<VlanPlan>,
+    /// What may pass; none: all.
+    pub filter: Option<FilterPlan>,
     /// Packets for the guest that are waited for, at most.
     pub coalesce: Option<u32>,
     /// To the guest, from the guest.
@@ -116,7 +119,8 @@ impl Request {
     }
 }
 
-/// Makes the device; its descriptors, one for each queue. On error nothing is left of it. Blocks.
+/// Makes the device; its descriptors, one for each queue. On error nothing is left of it but what [`super::filter::sweep`] takes
+/// away. Blocks.
 pub fn open(plan: &TapPlan) -> io::Result<Vec<OwnedFd>> {
     let first = queue(plan.name.as_deref().unwrap_or("vnet%d"), plan)?;
     let name = first.1;
@@ -184,6 +188,9 @@ fn set_up(name: &str, plan: &TapPlan) -> io::Result<()> {
         let mut request = Request::named(name)?.with(i32::try_from(mtu).unwrap_or(i32::MAX).to_ne_bytes());
         ioctl(socket, libc::SIOCSIFMTU as libc::c_ulong, &mut request)?;
     }
+    if let Some(filter) = &plan.filter {
+        filter.put(number_of(name)?)?;
+    }
     plug_in(name, plan, socket)?;
     let mut request = Request::named(name)?;
     ioctl(socket, libc::SIOCGIFFLAGS as libc::c_ulong, &mut request)?;
@@ -211,13 +218,20 @@ pub fn plug_again(name: &str, plan: &TapPlan) -> io::Result<()> {
     plugged
 }
 
+/// The kernel's number of a device.
+fn number_of(name: &str) -> io::Result<u32> {
+    let name = std::ffi::CString::new(name).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // SAFETY: the name ends with a zero.
+    match unsafe { libc::if_nametoindex(name.as_ptr()) } {
+        0 => Err(io::Error::last_os_error()),
+        number => Ok(number),
+    }
+}
+
 /// Plugs a device into its bridge, if it is for one, and sets what the bridge has for it.
 fn plug_in(name: &str, plan: &TapPlan, socket: RawFd) -> io::Result<()> {
     if let Some(bridge) = &plan.bridge {
-        let index = std::ffi::CString::new(name).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-        // SAFETY: the name ends with a zero.
-        let index = unsafe { libc::if_nametoindex(index.as_ptr()) };
-        let mut request = Request::named(bridge)?.with(index.to_ne_bytes());
+        let mut request = Request::named(bridge)?.with(number_of(name)?.to_ne_bytes());
         let plugged = ioctl(socket, SIOCBRADDIF, &mut request);
         plugged
             .map_err(|e| io::Error::new(e.kind(), format!("it cannot be plugged into the bridge '{bridge}': {e}")))?;

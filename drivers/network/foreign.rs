@@ -1,7 +1,7 @@
 //! What others' rules do to a network's packets. An `accept` of ours saves no packet that another chain drops, so what drops is
 //! looked for, told, and left alone.
 
-use super::rules;
+use super::{rules, zones};
 use crate::host::tap::output_within;
 use serde_json::Value;
 use std::collections::HashMap;
@@ -53,20 +53,29 @@ pub fn problems(ruleset: &Value, needs: Needs<'_>) -> Vec<Problem> {
         let missing = ["iifname", "oifname"].into_iter().filter(|key| !lets_pass(ruleset, &chain, any(key)));
         let lines: Vec<String> = missing.map(|key| line(&chain, key, needs.bridge, "")).collect();
         if !lines.is_empty() {
-            let sentence = format!("{} drops guests' packets; let them pass: {}", named(&chain), lines.join("; "));
+            let remedy = chain.zone_of(needs.bridge).unwrap_or_else(|| lines.join("; "));
+            let sentence = format!("{} drops guests' packets; let them pass: {remedy}", named(&chain));
             found.push(Problem { token: ProblemToken::ForwardBlocked, sentence });
         }
     }
     for chain in of_others(ruleset, "input").filter(|_| needs.serving) {
         let asked = |port| Packet { key: "iifname", bridge: needs.bridge, port: Some(port) };
         if !ASKED.into_iter().all(|port| lets_pass(ruleset, &chain, asked(port))) {
-            let line = line(&chain, "iifname", needs.bridge, "meta l4proto { tcp, udp } th dport { 53, 67, 547 } ");
+            let line = || line(&chain, "iifname", needs.bridge, "meta l4proto { tcp, udp } th dport { 53, 67, 547 } ");
+            let remedy = chain.zone_of(needs.bridge).unwrap_or_else(line);
             let sentence =
-                format!("{} drops guests' questions for addresses and names; let them in: {line}", named(&chain));
+                format!("{} drops guests' questions for addresses and names; let them in: {remedy}", named(&chain));
             found.push(Problem { token: ProblemToken::InputBlocked, sentence });
         }
     }
     found
+}
+
+impl Chain<'_> {
+    /// What lets guests' packets pass a chain of firewalld's, which takes no rule of anybody else: the zone of the bridge decides.
+    fn zone_of(&self, bridge: &str) -> Option<String> {
+        (self.table == "firewalld").then(|| zones::let_pass(bridge))
+    }
 }
 
 fn named(chain: &Chain<'_>) -> String {

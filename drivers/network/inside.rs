@@ -7,6 +7,7 @@ use super::link;
 use super::make::{Maker, Namespace};
 use super::own::{HOLDER, IS_READY, READY};
 use crate::host::apart;
+use crate::host::filter;
 use crate::host::tap::{self, Rate, TapPlan, VlanPlan};
 use crate::host::wall;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -72,6 +73,8 @@ pub(crate) enum Request {
     HasTaps,
     /// [`tap::open`].
     Tap(TapPlan),
+    /// [`filter::sweep`].
+    SweepFilters,
     /// [`tap::change_plug`].
     ChangePlug { device: String, plan: TapPlan },
     /// [`tap::change_limit`].
@@ -285,6 +288,7 @@ fn perform(request: Request) -> Performed {
         }
         Request::HasTaps => link::has_taps().map(|is| only(Answer::Is(is))).map_err(failed),
         Request::Tap(plan) => tap::open(&plan).map(|ends| (Answer::Done, ends)).map_err(failed),
+        Request::SweepFilters => filter::sweep().map(done).map_err(failed),
         Request::ChangePlug { device, plan } => tap::change_plug(&device, &plan).map(done).map_err(failed),
         Request::ChangeLimit { device, rate, leaving } => {
             tap::change_limit(&device, rate, leaving).map(done).map_err(failed)

@@ -9,6 +9,7 @@
 //! | `serve`, `server` | what dnsmasq is told; its process |
 //! | `leases` | who has which address |
 //! | `foreign`, `rule_changes` | what others' rules stand in the way of; when others change them |
+//! | `zones` | the zone of firewalld's that a bridge is in |
 //! | `own` | the namespaces of a user without root, who holds them, and their uplink |
 //! | `inside` | what is done in these, by a process that goes there |
 
@@ -23,7 +24,8 @@ mod rules;
 mod serve;
 mod server;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
+pub mod zones;
 
 use crate::host::process::{End, Process};
 use async_trait::async_trait;
@@ -44,6 +46,7 @@ use virt_model::driver::network::{
 use virt_model::network::NetworkDef;
 use virt_model::network::address::Net;
 use virt_model::xml::Finding;
+use zones::Zones;
 
 /// Reports that nobody has read yet; more of them say nothing more.
 const UNREAD: usize = 4;
@@ -56,6 +59,9 @@ pub struct HostNetworks {
     turn: Arc<tokio::sync::Mutex<()>>,
     /// The networks that are there.
     followed: Arc<Mutex<Followed>>,
+    zones: Option<Arc<dyn Zones>>,
+    /// Who hears of zones; it ends when this is dropped.
+    hears: JoinSet<()>,
 }
 
 /// The networks that an earlier virtd or this one has made, until they are stopped.
@@ -108,7 +114,17 @@ impl HostNetworks {
             None => Namespace::Nowhere,
         };
         let maker = Arc::new(Maker { runtime, leases, teller, namespace, steps_left: None });
-        HostNetworks { maker, turn: Arc::default(), followed: Arc::default() }
+        HostNetworks { maker, turn: Arc::default(), followed: Arc::default(), zones: None, hears: JoinSet::new() }
+    }
+
+    /// With bridges in zones of the host's firewall. Before any network is started or found.
+    pub fn with_zones(mut self, zones: Arc<dyn Zones>) -> HostNetworks {
+        if matches!(self.maker.namespace, Namespace::Host) {
+            let (maker, turn) = (self.maker.clone(), self.turn.clone());
+            self.hears.spawn(zones::hear(zones.clone(), maker, turn, Arc::downgrade(&self.followed)));
+            self.zones = Some(zones);
+        }
+        self
     }
 
     /// Runs what blocks for moments.
@@ -139,6 +155,24 @@ impl HostNetworks {
             Ok(changes) => _ = rules.spawn(hear(changes, Arc::downgrade(&self.followed))),
             Err(error) => tracing::warn!(%error, "networks' problems do not follow others' rules: {NOT_HEARD}"),
         }
+    }
+
+    /// Puts the bridges of networks that are there into their zones. For who has the turn.
+    async fn put_into_zones(&self, networks: &[NetworkDef]) {
+        if let Some(zones) = &self.zones {
+            zones::put_all(&**zones, networks).await;
+        }
+    }
+
+    /// Takes the bridge of one that is about to go out of its zone, and tells which it is. For who has the turn.
+    async fn take_out_of_zone(&self, uuid: Uuid) -> Result<Option<NetworkDef>, NetworkError> {
+        let Some(zones) = &self.zones else { return Ok(None) };
+        let there = self.does(Maker::there).await?;
+        let def = there.into_iter().find(|def| def.uuid == uuid);
+        if let Some(def) = &def {
+            zones::take_out(&**zones, def).await;
+        }
+        Ok(def)
     }
 
     /// Tells who watches that it was changed. For who has the turn.
@@ -195,17 +229,22 @@ impl NetworkDriver for HostNetworks {
 
     async fn start(&self, def: &NetworkDef, owner: u32) -> Result<(), NetworkError> {
         let _turn = self.turn.lock().await;
-        let (uuid, def) = (def.uuid, def.clone());
-        let done = self.does(move |maker| maker.start(&def, owner)).await?;
-        if done.is_ok() {
-            self.is_there(uuid);
-        }
-        done
+        let made = def.clone();
+        self.does(move |maker| maker.start(&made, owner)).await??;
+        self.is_there(def.uuid);
+        self.put_into_zones(std::slice::from_ref(def)).await;
+        Ok(())
     }
 
     async fn stop(&self, uuid: Uuid) -> Result<(), NetworkError> {
         let _turn = self.turn.lock().await;
-        self.does(move |maker| maker.stop(uuid)).await??;
+        // Before anything of it is taken away: killed here, it is found whole, and put there again.
+        let out = self.take_out_of_zone(uuid).await?;
+        let stopped = self.does(move |maker| maker.stop(uuid)).await?;
+        if stopped.is_err() {
+            self.put_into_zones(out.as_slice()).await;
+        }
+        stopped?;
         // Of one that is there still, who watches it goes on.
         let mut followed = self.followed();
         followed.networks.remove(&uuid);
@@ -219,6 +258,7 @@ impl NetworkDriver for HostNetworks {
         let _turn = self.turn.lock().await;
         let found = self.does(Maker::find).await.unwrap_or_default();
         found.iter().for_each(|(def, _)| self.is_there(def.uuid));
+        self.put_into_zones(&found.iter().map(|(def, _)| def.clone()).collect::<Vec<_>>()).await;
         found
     }
 
@@ -246,9 +286,16 @@ impl NetworkDriver for HostNetworks {
 
     async fn problems(&self, def: &NetworkDef) -> Result<Vec<Problem>, PartlySeen> {
         let rules = self.followed().networks.get_mut(&def.uuid).map(Changes::ruleset).unwrap_or_default();
-        let def = def.clone();
-        let looked = self.does(move |maker| maker.problems(&def, &rules)).await;
-        looked.unwrap_or_else(|error| Err(PartlySeen { found: Vec::new(), why: error.to_string() }))
+        let seen = def.clone();
+        let looked = self.does(move |maker| maker.problems(&seen, &rules)).await;
+        let mut looked = looked.unwrap_or_else(|error| Err(PartlySeen { found: Vec::new(), why: error.to_string() }));
+        if let Some(zones) = &self.zones {
+            let lost = zones::problem(&**zones, def).await;
+            match &mut looked {
+                Ok(found) | Err(PartlySeen { found, .. }) => found.extend(lost),
+            }
+        }
+        looked
     }
 
     async fn watch(&self, uuid: Uuid) -> mpsc::Receiver<NetworkReport> {

@@ -15,8 +15,8 @@ use virt_model::network::update::{Change, Command as Verb, Section};
 
 const INSIDE: &str = "VIRT_TEST_IN_NAMESPACES";
 
-/// Runs the test of that name again in namespaces of its own; whether this is that run. Nothing where it cannot be had.
-fn is_inside(test: &str) -> bool {
+/// Runs the test of that path again in namespaces of its own; whether this is that run. Nothing where it cannot be had.
+pub(crate) fn is_inside(test: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return true;
     }
@@ -33,7 +33,7 @@ fn is_inside(test: &str) -> bool {
     }
     let before = format!(
         "mount -t sysfs sysfs /sys && mount -t tmpfs -o mode=755 tmpfs /run && ip link set lo up && \
-        exec \"$0\" --exact network::tests::{test} --nocapture"
+        exec \"$0\" --exact {test} --nocapture"
     );
     let own = std::env::current_exe().unwrap();
     let done = Command::new("unshare")
@@ -47,7 +47,7 @@ fn is_inside(test: &str) -> bool {
     false
 }
 
-fn run(line: &str) -> String {
+pub(crate) fn run(line: &str) -> String {
     let words: Vec<&str> = line.split_whitespace().collect();
     let done = Command::new(words[0]).args(&words[1..]).output().unwrap();
     assert!(done.status.success(), "{line}: {}", String::from_utf8_lossy(&done.stderr));
@@ -323,7 +323,7 @@ async fn is_plugged_in_again(networks: &HostNetworks, def: &NetworkDef) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_gets_an_address_and_names_and_reaches_others() {
-    if !is_inside("a_guest_gets_an_address_and_names_and_reaches_others") {
+    if !is_inside("network::tests::a_guest_gets_an_address_and_names_and_reaches_others") {
         return;
     }
     let world = world_behind_the_host();
@@ -390,7 +390,7 @@ async fn a_guest_gets_an_address_and_names_and_reaches_others() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn cut_off_anywhere_it_is_whole_or_not_there() {
-    if !is_inside("cut_off_anywhere_it_is_whole_or_not_there") {
+    if !is_inside("network::tests::cut_off_anywhere_it_is_whole_or_not_there") {
         return;
     }
     let house = House::new();
@@ -417,7 +417,7 @@ async fn cut_off_anywhere_it_is_whole_or_not_there() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_in_the_way_is_named_and_nothing_is_left() {
-    if !is_inside("what_is_in_the_way_is_named_and_nothing_is_left") {
+    if !is_inside("network::tests::what_is_in_the_way_is_named_and_nothing_is_left") {
         return;
     }
     let house = House::new();
@@ -472,7 +472,7 @@ async fn what_is_in_the_way_is_named_and_nothing_is_left() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn all_modes_and_both_families_are_made_and_taken_away() {
-    if !is_inside("all_modes_and_both_families_are_made_and_taken_away") {
+    if !is_inside("network::tests::all_modes_and_both_families_are_made_and_taken_away") {
         return;
     }
     let house = House::new();
@@ -519,7 +519,7 @@ fn is_listened() -> bool {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn problems_are_looked_for_when_others_change_rules_while_there_are_networks() {
-    if !is_inside("problems_are_looked_for_when_others_change_rules_while_there_are_networks") {
+    if !is_inside("network::tests::problems_are_looked_for_when_others_change_rules_while_there_are_networks") {
         return;
     }
     let house = House::new();
@@ -578,7 +578,7 @@ async fn problems_are_looked_for_when_others_change_rules_while_there_are_networ
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_rules_only_others_are_heard_and_what_is_lost_may_be_theirs() {
-    if !is_inside("of_rules_only_others_are_heard_and_what_is_lost_may_be_theirs") {
+    if !is_inside("network::tests::of_rules_only_others_are_heard_and_what_is_lost_may_be_theirs") {
         return;
     }
     let (house, changes) = (House::new(), RuleChanges::listen().unwrap());

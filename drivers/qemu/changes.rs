@@ -38,6 +38,9 @@ pub enum Change {
     },
     /// A network device was made.
     Made(Macvtap),
+    /// What passes some of its cards is filtered: that is made with the devices, and taken away by
+    /// [`super::instance::Leavings::clear`] when they have gone.
+    Filtered,
 }
 
 impl Change {
@@ -51,6 +54,7 @@ impl Change {
                 let what = "the address and VLAN of the host's card cannot be set";
                 function.hold(terms).map_err(|e| DriverError::Unsupported(format!("{what}: {e}")))
             }
+            Change::Filtered => Ok(()),
             Change::Made(link) => {
                 let what = format!("no network device '{}' on '{}'", link.name, link.below);
                 link.make().map_err(|e| DriverError::Hypervisor(format!("{what}: {e}")))
@@ -63,6 +67,8 @@ impl Change {
             Change::Detached { pci, driven } => Pci::below(sysfs).give_back(pci, *driven),
             Change::Held { function, before, .. } => function.hold(before),
             Change::Made(link) => link.remove(),
+            // Where its cards are is known to whoever clears up after it.
+            Change::Filtered => Ok(()),
         }
     }
 }

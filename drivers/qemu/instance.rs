@@ -13,6 +13,7 @@ use super::plan::Loss;
 use super::qmp::{COMMAND_TIMEOUT, Qmp};
 use super::record::Keeper;
 use super::report::Reporter;
+use super::tap::sweep_filters;
 use crate::agent::{Agent, PowerChange};
 use crate::host::access::Ledger;
 use crate::host::process::{End, Process};
@@ -135,6 +136,10 @@ impl Leavings {
     pub fn clear(&self, changes: &[Change]) {
         undo(changes, Path::new(SYSFS), self.uuid);
         self.claims.release(self.uuid);
+        if changes.contains(&Change::Filtered) {
+            sweep_filters(None);
+            self.own_network.iter().filter(|own| own.holder().is_some()).for_each(|own| sweep_filters(Some(own)));
+        }
         self.own_network.iter().for_each(OwnNetwork::is_left);
         super::tune::clear(self.uuid);
         super::room::clear(&self.own_dir());

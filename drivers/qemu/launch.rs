@@ -206,6 +206,7 @@ impl Start {
         prepared.gifts.extend(secrets);
         made.log = Some(prepared.log.clone());
         let taken = self.take_devices(keeper).await?;
+        super::tap::note_filters(keeper, &self.command.taps).await?;
         let mut links = Vec::new();
         for (n, tap) in self.command.taps.iter().enumerate() {
             let ends = super::tap::open(tap, taken.links.get(&n), self.own_network.as_ref()).await?;

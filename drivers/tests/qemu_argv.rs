@@ -428,6 +428,11 @@ const REFUSED: &[(&str, &[(&str, &str)])] = &[
                 "<interface type='bridge'><source bridge='b'/><bandwidth><inbound/></bandwidth></interface>",
                 "an average above 0",
             ),
+            ("<interface type='user'><filterref filter='allow-arp'/></interface>", "filters are for type='network'"),
+            (
+                "<interface type='network'><source network='n'/><filterref filter='clean-traffic'/></interface>",
+                "the filter 'clean-traffic' needs <parameter name='IP' value='…'/>",
+            ),
             ("<input type='mouse' bus='usb' model='virtio'/>", "only inputs on bus='virtio'"),
             ("<input type='mouse' bus='virtio' model='virtio-transitional'/>", "model='virtio' only"),
             (
@@ -550,6 +555,7 @@ const REFUSED: &[(&str, &[(&str, &str)])] = &[
             ("<vlan><tag id='4' nativeMode='tagged'/></vlan>", "a nativeMode is for type='bridge'"),
             ("<vlan><tag id='4'/><tag id='5'/></vlan>", "one VLAN tag, from 1 to 4094"),
             ("<coalesce/>", "a card of the host's has no <coalesce>"),
+            ("<filterref filter='allow-arp'/>", "a card of the host's has no <filterref>"),
         ],
     ),
     (

@@ -19,6 +19,11 @@ what is said of each kind). The **test** driver stores all and acts on memory, v
 The page is generated from the lists in `drivers/qemu/check/table.rs` (`UPDATE=1 cargo test -p virt-drivers --test
 xml_table`), and a test holds it to them. A value or a combination can be refused although its attribute acts; the
 message then says so. An element in brackets stands for itself and all below it.
+
+`<filterref>` names one of the filters that libvirt ships; other names are refused by `DefineDomain`, for there are no objects that
+define filters. It acts as two chains of nftables at the bridge, in a table of the card's own, made before the card is in the bridge
+and gone with it. A filter that looks at addresses is told them (`IP`; `DHCPSERVER`, `GATEWAY_MAC`): they are not learnt from
+what a guest sends. While a machine runs, a card keeps its filter.
 ";
 
 /// One element's line, or `None` if it is covered by the line of an element above.

@@ -335,7 +335,8 @@ async fn a_document_changes_of_a_device_what_can_change() {
     }
     update(&card("<bandwidth/>"), options([])).await.expect("lifted, and the link is up");
     assert!(!stored(&domain).await.contains("<bandwidth>") && !stored(&domain).await.contains("'down'"));
-    refused(update(&card("<filterref filter='clean'/>"), options([])).await, "OperationUnsupported", "<filterref>");
+    let filter = "<filterref filter='allow-arp'/>";
+    refused(update(&card(filter), options([])).await, "OperationUnsupported", "<filterref>");
 
     update("<graphics type='vnc' passwd='n3w'/>", options([])).await.expect("another password");
     assert!(

@@ -17,6 +17,7 @@ mod documents;
 mod flood;
 mod journal;
 mod networks;
+mod networks_firewalld;
 mod nodedev;
 mod permission;
 mod records;

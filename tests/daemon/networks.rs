@@ -6,12 +6,16 @@ use crate::common::{Daemon, Setup, have};
 use std::collections::HashMap;
 use zbus::{OwnedObjectPath, OwnedVariant, Variant};
 
-const HOME: &str = "<network><name>home</name><forward mode='nat'/><bridge name='vbr7' stp='off'/>\
+pub const HOME: &str = "<network><name>home</name><forward mode='nat'/><bridge name='vbr7' stp='off'/>\
      <ip address='10.77.0.1' prefix='24'><dhcp><range start='10.77.0.50' end='10.77.0.60'/></dhcp></ip></network>";
 
 const MACHINE: &str = "<domain type='test'><name>web</name><memory>65536</memory><os><type>hvm</type></os><devices>\
      <interface type='network'><mac address='52:54:00:00:00:01'/><source network='home'/></interface>\
      </devices></domain>";
+
+/// It is no network's guest; its display listens on the address of one.
+const SEEN: &str = "<domain type='test'><name>seen</name><memory>65536</memory><os><type>hvm</type></os><devices>\
+     <graphics type='vnc'><listen type='network' network='home'/></graphics></devices></domain>";
 
 async fn daemon() -> Option<Daemon> {
     if !have(&["nft", "dnsmasq", "ip"]) {
@@ -21,32 +25,32 @@ async fn daemon() -> Option<Daemon> {
 }
 
 /// A network on the bus.
-struct Network {
+pub struct Network {
     client: Client,
-    path: String,
+    pub path: String,
 }
 
 impl Network {
     /// What a method of the manager gives.
-    async fn from(client: &Client, method: &str, xml: &str) -> Result<Network, Refusal> {
+    pub async fn from(client: &Client, method: &str, xml: &str) -> Result<Network, Refusal> {
         let member = format!("org.virt.Manager.Network.{method}");
         let answer = client.call("/org/virt", &member, &(xml, options([]))).await?;
         let path: OwnedObjectPath = answer.body().deserialize().expect("a path");
         Ok(Network { client: Client { connection: client.connection.clone() }, path: path.to_string() })
     }
 
-    async fn call<B>(&self, method: &str, body: &B) -> Result<zbus::Message, Refusal>
+    pub async fn call<B>(&self, method: &str, body: &B) -> Result<zbus::Message, Refusal>
     where
         B: serde::Serialize + zbus::wire::DynamicType,
     {
         self.client.call(&self.path, &format!("org.virt.Network.{method}"), body).await
     }
 
-    async fn does(&self, method: &str, with: Options<'_>) -> Result<zbus::Message, Refusal> {
+    pub async fn does(&self, method: &str, with: Options<'_>) -> Result<zbus::Message, Refusal> {
         self.call(method, &(with,)).await
     }
 
-    async fn is(&self) -> HashMap<String, OwnedVariant> {
+    pub async fn is(&self) -> HashMap<String, OwnedVariant> {
         let member = "org.freedesktop.DBus.Properties.GetAll";
         let answer = self.client.call(&self.path, member, &("org.virt.Network",)).await.expect("properties");
         answer.body().deserialize().expect("properties")
@@ -85,7 +89,7 @@ fn refused(answer: Result<impl std::fmt::Debug, Refusal>, error: &str, word: &st
     assert!(name == format!("org.virt.Error.{error}") && text.contains(word), "{name}: {text}");
 }
 
-fn shown(daemon: &Daemon, program: &str, arguments: &[&str]) -> String {
+pub fn shown(daemon: &Daemon, program: &str, arguments: &[&str]) -> String {
     let done = daemon.inside(program).args(arguments).output().expect(program);
     String::from_utf8_lossy(&done.stdout).into_owned() + &String::from_utf8_lossy(&done.stderr)
 }
@@ -140,7 +144,21 @@ async fn n5_a_network_from_its_definition_to_its_end() {
     refused(network.does("Destroy", options([])).await, "OperationInvalid", "not active");
     refused(network.does("Start", options([("fast", Variant::from(true))])).await, "InvalidArgument", "fast");
     assert_eq!(network.check("CheckStart").await, (true, String::new()));
+    let seen = client.define(SEEN).await.expect("defined");
+    refused(
+        seen.run("Start").await,
+        "OperationInvalid",
+        "a display that listens on network 'home', which is not active",
+    );
     network.does("Start", options([])).await.expect("started");
+    seen.run("Start").await.expect("started");
+    let (live, stored) = (seen.xml().await, options([("inactive", Variant::from(true))]));
+    assert!(live.contains("network='home'") && live.contains("address='10.77.0.1'"), "{live}");
+    let stored = seen.call("GetXML", &(stored,)).await.expect("XML").body().deserialize::<String>().expect("text");
+    assert!(stored.contains("network='home'") && !stored.contains("10.77.0.1"), "{stored}");
+    refused(network.does("Destroy", options([])).await, "InUse", "domain 'seen' (vnc, live)");
+    seen.run("Destroy").await.expect("destroyed");
+    seen.run("Undefine").await.expect("undefined");
     assert_eq!(there(&daemon), (true, true));
     let is = network.is().await;
     let text = |name: &str| String::try_from(is[name].clone()).expect(name);

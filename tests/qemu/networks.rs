@@ -72,6 +72,12 @@ pub fn ip(daemon: &Daemon, arguments: &[&str]) -> String {
     String::from_utf8_lossy(&done.stdout).into_owned()
 }
 
+/// How many cards are looked at.
+fn filters(daemon: &Daemon) -> usize {
+    let tables = daemon.inside("nft").args(["list", "tables", "bridge"]).output().expect("nft");
+    String::from_utf8_lossy(&tables.stdout).matches("virt_tap_").count()
+}
+
 /// A machine's card is in the network's bridge, up, and held to what the network says, whatever the machine's document says. The
 /// name of its end.
 async fn is_plugged_in(daemon: &Daemon, domain: &Domain) -> String {
@@ -140,7 +146,12 @@ async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
     for (name, mac, peer) in [("alpha", "52:54:00:00:00:11", "beta.lab"), ("beta", "52:54:00:00:00:12", "alpha.lab")] {
         let serial = daemon.folder().join(format!("{name}.serial"));
         std::fs::write(&serial, "").expect("written");
-        let domain = client.define(&xml(name, mac, peer, &serial, &files)).await.expect("defined");
+        // What one of them sends is looked at, and its screen is seen at the network's address.
+        let clean = "<filterref filter='clean-traffic'><parameter name='IP' value='10.77.0.200'/></filterref></interface>\
+            <graphics type='vnc'><listen type='network' network='home'/></graphics>";
+        let xml = xml(name, mac, peer, &serial, &files);
+        let xml = if name == "beta" { xml.replace("</interface>", clean) } else { xml };
+        let domain = client.define(&xml).await.expect("defined");
         domain.run("Start").await.expect("started");
         guests.push((domain, serial));
     }
@@ -165,6 +176,17 @@ async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
     let told: OwnedVariant = told.expect("leases").body().deserialize().expect("a value");
     let leases = format!("{told:?}");
     assert!(leases.contains(&beta.path) && leases.contains("alpha"), "{leases}");
+
+    // A card that comes is looked at from its first frame on, until it goes.
+    assert_eq!(filters(&daemon), 1);
+    let another = "<interface type='network'><mac address='52:54:00:00:00:13'/><source network='home'/><model type='virtio'/>\
+        <filterref filter='no-mac-spoofing'/></interface>";
+    let live = || options([("live", Variant::from(true))]);
+    let alias = alpha.call("AttachDevice", &(another, live())).await.expect("plugged in");
+    let alias: String = alias.body().deserialize().expect("s");
+    assert_eq!(filters(&daemon), 2);
+    alpha.call("DetachDeviceAlias", &(&*alias, live())).await.expect("unplugged");
+    assert_eq!(filters(&daemon), 1);
 
     // virtd is killed: all goes on, and the next one finds it.
     daemon.kill_virtd().await;
@@ -193,4 +215,12 @@ async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
         .deserialize()
         .expect("properties");
     assert_eq!(*properties["Active"], Variant::from(true));
+    assert_eq!(filters(&daemon), 1);
+    let says = "exec 3<>/dev/tcp/10.77.0.1/5900; head -c 3 <&3";
+    let screen = daemon.inside("timeout").args(["60", "bash", "-c", says]).output().expect("bash");
+    assert_eq!(String::from_utf8_lossy(&screen.stdout), "RFB", "{screen:?}");
+    let beta = client.named("beta").await.expect("it runs");
+    beta.run("Destroy").await.expect("destroyed");
+    beta.is_off().await;
+    assert_eq!(filters(&daemon), 0);
 }

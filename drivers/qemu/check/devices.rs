@@ -62,8 +62,12 @@ impl Check<'_> {
             let again = screens.iter().take(n).any(|other| other.kind == kind);
             self.refuse_if(again, &graphics.at, &format!("one guest has at most one screen of type='{kind}'"));
             self.refuse_if(graphics.listens.len() > 1, &graphics.at, "more than one <listen> is not supported yet");
-            let network = graphics.listens.iter().any(|l| l.kind == ListenKind::Network);
-            self.refuse_if(network, &graphics.at, "there are no virtual networks yet: use <listen type='address'/>");
+            for listen in graphics.listens.iter().filter(|listen| listen.kind == ListenKind::Network) {
+                let named = listen.network.is_some();
+                self.refuse_if(!named, &listen.at, "<listen type='network'> needs network='…'");
+                let how = "a network of a user's own has no address on the host: use <listen type='address'/>";
+                self.refuse_if(!self.caps.site.makes_taps, &listen.at, how);
+            }
         }
     }
 
@@ -131,7 +135,7 @@ impl Check<'_> {
         if let Some(place) = asked.clone().or_else(|| secure.clone().map(|(_, place)| place)) {
             self.certified(End::Server, &place);
         }
-        let listens = graphics.listens.first().is_none_or(|l| l.kind == ListenKind::Address);
+        let listens = matches!(graphics.listen_kind(), ListenKind::Address | ListenKind::Network);
         if let Some((_, place)) = secure {
             let chosen = graphics.tls_port == Some(-1) || graphics.autoport == Some(true);
             let had = listens && (asked.is_some() || chosen);

@@ -174,6 +174,7 @@ impl Check<'_> {
             (interface.target.is_some(), "target"),
             (interface.port.is_some(), "port"),
             (interface.coalesce.is_some(), "coalesce"),
+            (interface.filter.is_some(), "filterref"),
             (interface.backend.is_some(), "backend"),
             (!interface.addresses.is_empty(), "ip"),
             (!interface.forwards.is_empty(), "portForward"),
@@ -320,6 +321,17 @@ impl Check<'_> {
         let fits = ours && interface.target.as_ref().is_none_or(|target| target.managed != Some(false));
         if let Some(vlan) = &interface.vlan {
             self.vlan(vlan, fits && interface.is_in_bridge());
+        }
+        if let Some(filter) = &interface.filter {
+            let how = "filters are for type='network', and for 'bridge' on the system bus";
+            self.refuse_if(!(fits && interface.is_in_bridge()), &filter.at, how);
+            if let Some(missing) = filter.missing() {
+                let why = format!(
+                    "the filter '{}' needs <parameter name='{missing}' value='…'/>: what a guest has is not learnt",
+                    filter.name
+                );
+                self.refuse(&filter.at, why);
+            }
         }
         if let Some(coalesce) = &interface.coalesce {
             self.refuse_if(

@@ -212,8 +212,8 @@ const REASONS: &[(&str, &[&str])] = &[
         &["devices/interface/backend/@tap", "devices/interface/backend/@vhost"],
     ),
     (
-        "which address a network has is not looked up: use <listen type='address'/>",
-        &["devices/graphics/listen/@network", "devices/graphics/listen/@fromConfig"],
+        "is of a machine that runs: a network's address is looked up at each start",
+        &["devices/graphics/listen/@fromConfig"],
     ),
     (
         "is for windows on a desktop beside the guest, which are not supported: use vnc, spice or dbus",
@@ -230,7 +230,6 @@ const REASONS: &[(&str, &[&str])] = &[
         "a rate that a network keeps free is not kept: say average and peak",
         &["devices/interface/bandwidth/inbound/@floor"],
     ),
-    ("there are no network filters here: filter on the host's bridge", &["devices/interface/filterref"]),
     ("virtual ports (Open vSwitch and the like) are not supported yet", &["devices/interface/virtualport"]),
     (
         "encrypting a TPM's state is not supported yet: there is no store of secrets",

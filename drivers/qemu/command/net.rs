@@ -2,6 +2,7 @@
 
 use super::args::{List, Props};
 use super::{Builder, id, list, turn, virtio};
+use crate::host::filter::FilterPlan;
 use crate::host::tap::{Direct, Rate, TapPlan, VlanPlan};
 use crate::qemu::plan::{Companion, Link, Loss, Role, Tap};
 use serde_json::json;
@@ -196,6 +197,7 @@ pub fn tap_plan(interface: &Interface, queues: usize) -> TapPlan {
         existing: target.is_some_and(|target| target.managed == Some(false)),
         isolated: interface.is_isolated(),
         vlans: interface.vlan.as_ref().map(VlanPlan::all_of).unwrap_or_default(),
+        filter: interface.filter.as_ref().map(|filter| FilterPlan::of(filter, interface.mac().unwrap_or_default())),
         coalesce: interface.coalesce.as_ref().and_then(|coalesce| coalesce.rx.as_ref()?.frames.as_ref()?.max),
         rates: [rate(limits.and_then(|l| l.inbound.as_ref())), rate(limits.and_then(|l| l.outbound.as_ref()))],
     }

@@ -66,6 +66,8 @@ fn screen(graphics: &mut Graphics, n: usize, chosen: &mut Chosen, taken: &mut BT
             let address = listen.address.get_or_insert_with(|| LOCALHOST.to_owned());
             graphics.listen = Some(address.clone());
         }
+        // Who has the networks has said where, if there is one.
+        ListenKind::Network if listen.address.is_some() => graphics.listen.clone_from(&listen.address),
         ListenKind::None | ListenKind::Network => return,
     }
     let address = graphics.listen.clone().unwrap_or_default();

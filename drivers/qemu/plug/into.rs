@@ -105,6 +105,7 @@ impl QemuDriver {
                 for companion in &companions {
                     gifts.extend(self.start_beside(body, def, companion, &lent).await?);
                 }
+                tap::note_filters(&body.keeper, &taps).await?;
                 for plan in &taps {
                     let opened = tap::open(plan, None, self.0.own_network.as_ref()).await?;
                     link = link.take().or_else(|| opened.iter().find_map(|(_, fd)| name_of(fd)));

@@ -8,6 +8,7 @@ use crate::qemu::given;
 use crate::qemu::instance::Body;
 use crate::qemu::launch::MONITOR_FD;
 use crate::qemu::qmp::COMMAND_TIMEOUT;
+use crate::qemu::tap::sweep_filters;
 use crate::qemu::{QemuDriver, media};
 use serde_json::json;
 use std::sync::Arc;
@@ -83,6 +84,12 @@ impl QemuDriver {
             tracing::warn!(uuid = %body.uuid, %error, "what '{alias}' said stays until the guest ends");
         }
         self.end_beside(body, &part.companions).await;
+        if let Some(tap) = part.taps.iter().find(|tap| tap.plan.filter.is_some()) {
+            let own = self.0.own_network.clone().filter(|_| tap.plan.of_network);
+            if let Err(error) = blocking(move || sweep_filters(own.as_ref())).await {
+                tracing::warn!(uuid = %body.uuid, %error, "the filter of '{alias}' stays until the guest ends");
+            }
+        }
         if let Ok(rest) =
             def.without_devices(|_, element| virt_model::domain::one_device::alias_of(element) == Some(alias))
         {

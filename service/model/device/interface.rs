@@ -1,6 +1,7 @@
 //! `<interface>`: a network card and what its cable is plugged into.
 
 use super::chardev::Reconnect;
+use super::filter::FilterRef;
 use super::hostdev::HostAddress;
 use super::{DeviceInfo, PciAddress, VirtioDriver};
 use crate::domain::part::element;
@@ -60,6 +61,8 @@ element! {
         child "mtu" => mtu: Option<Mtu>,
         /// `<vlan>`
         child "vlan" => vlan: Option<Vlan>,
+        /// `<filterref>`
+        child "filterref" => filter: Option<FilterRef>,
         /// `<coalesce>`
         child "coalesce" => coalesce: Option<Coalesce>,
         /// Name, place, boot order.

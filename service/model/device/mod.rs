@@ -13,6 +13,7 @@ pub mod controller;
 pub mod disk;
 pub mod display;
 pub mod filesystem;
+pub mod filter;
 pub mod hostdev;
 pub mod input;
 pub mod interface;

@@ -20,6 +20,7 @@ pub mod listening;
 pub mod memory;
 pub mod metadata;
 pub mod native;
+mod networks;
 pub mod one_device;
 pub mod os;
 pub mod part;

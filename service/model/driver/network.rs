@@ -120,6 +120,8 @@ pub enum ProblemToken {
     DhcpDown,
     /// Its bridge was removed.
     BridgeGone,
+    /// Its bridge is not in the zone of the host's firewall in which it is to be.
+    ZoneLost,
     /// What brings packets out of a user's own namespaces has ended.
     UplinkDown,
 }
@@ -132,6 +134,7 @@ impl ProblemToken {
             ProblemToken::InputBlocked => "input-blocked",
             ProblemToken::DhcpDown => "dhcp-down",
             ProblemToken::BridgeGone => "bridge-gone",
+            ProblemToken::ZoneLost => "zone-lost",
             ProblemToken::UplinkDown => "uplink-down",
         }
     }

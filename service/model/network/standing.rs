@@ -32,7 +32,6 @@ const TABLE: &[(&str, Standing)] = &[
     ("forward/address", Refused("is not supported: name the card in <hostdev> of the machine")),
     ("forward/interface/@connections", Kept("counted anew")),
     ("bridge/@macTableManager", Refused("is not supported: the kernel keeps the table")),
-    ("bridge/@zone", Refused("is not supported: put the bridge into a zone by firewall-cmd --add-interface")),
     ("domain/@register", Refused("is not supported: the host's resolver is told of no network")),
     ("vlan", Refused("is not supported: the bridge would have to filter; say <vlan> in the machine's <interface>")),
     ("bandwidth", Refused("is not supported for all guests together; say <bandwidth> in a <portgroup> or <interface>")),

@@ -172,7 +172,7 @@ fn n3_what_does_not_act_is_refused_by_a_start_where_it_stands() {
             "openvswitch" => &["/portgroup/virtualport", "/virtualport", "/vlan"],
             "bandwidth" => &["/bandwidth"],
             "portgroups" => &["/portgroup[2]/@trustGuestRxFilters"],
-            "mtu-and-zone" => &["/bridge/@macTableManager", "/bridge/@zone"],
+            "mtu-and-zone" => &["/bridge/@macTableManager"],
             "for-people" => &["/dnsmasq:options", "/domain/@register"],
             _ => &[],
         };
@@ -243,10 +243,16 @@ takes addresses and routes of the host's device that has the default route, so t
 `/dev/net/tun` that they may open, is refused by `Start`, which points to `<interface type='user'>`.
 
 Why a network that is active cannot do its work is in `Problems`: `forward-blocked`, `input-blocked` where a chain that is not virtd's
-drops its packets, with the line to add to that chain; `dhcp-down`, `bridge-gone`, `uplink-down`. It follows what others do with rules of
+drops its packets, with the line to add to that chain; `zone-lost`, `dhcp-down`, `bridge-gone`, `uplink-down`. It follows what others do with rules of
 nftables, of which the kernel tells: Docker, ufw or firewalld may start later. Looked at is what there is when no change has come for a fifth of
 a second, or two seconds after the first. Rules of the old iptables (`iptables-legacy`) are not seen, nor what is in a named set. In a
 user's own namespaces, nobody else's rules are.
+
+Where firewalld is on the system bus, or comes there, the bridge is put into a zone of its: the one of `<bridge zone=>`; without, into
+`virt`, which is shipped with virtd and lets guests ask for addresses and names and what they send pass, but not those of mode `open`, whose rules are all
+somebody else's. It is put there again when firewalld has read its configuration anew. Where it is in another zone, as one that does not exist or one that
+somebody has moved it to, `zone-lost` says what to do. virtd never starts firewalld; where it is not there, a zone asks for nothing. Just installed, virtd's zone is
+known to a firewalld that runs after `firewall-cmd --reload`.
 
 What a network says of isolated ports, and its port group of VLANs, holds for every machine in it, whatever the machine's own
 document says. Of bandwidth and MTU the machine's own count more; an MTU is the bridge's and the host's end's, and virtio cards alone are

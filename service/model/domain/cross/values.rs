@@ -1,6 +1,7 @@
 //! What stands at one place can be no more and no less than this.
 
 use super::rows::{Row, any, holds, select};
+use crate::device::filter::{is_address, is_mac};
 use crate::domain::value::complain;
 use crate::xml::{Element, Finding, Place, shorten};
 
@@ -69,6 +70,34 @@ pub(super) const ROWS: &[Value] = &[
     value("devices/disk/geometry", &[], "@cyls", Number(1, U16), "number of cylinders"),
     value("devices/disk/geometry", &[], "@heads", Number(1, 255), "number of heads"),
     value("devices/disk/geometry", &[], "@secs", Number(1, 255), "number of sectors"),
+    value(
+        "devices/interface/filterref/parameter",
+        &["@name=IP"],
+        "@value",
+        Form(is_address, "an IPv4 address, such as 192.168.122.7"),
+        "address of a filter",
+    ),
+    value(
+        "devices/interface/filterref/parameter",
+        &["@name=DHCPSERVER"],
+        "@value",
+        Form(is_address, "an IPv4 address, such as 192.168.122.1"),
+        "address of a filter",
+    ),
+    value(
+        "devices/interface/filterref/parameter",
+        &["@name=MAC"],
+        "@value",
+        Form(is_mac, "a hardware address, such as 52:54:00:12:34:56"),
+        "hardware address of a filter",
+    ),
+    value(
+        "devices/interface/filterref/parameter",
+        &["@name=GATEWAY_MAC"],
+        "@value",
+        Form(is_mac, "a hardware address, such as 52:54:00:12:34:56"),
+        "hardware address of a filter",
+    ),
     value("devices/disk/source/host", &[], "@port", Number(1, U16), "TCP port"),
     value(
         "devices/disk",

@@ -1,0 +1,185 @@
+//! What may pass the host's end of a guest's card: the filters that libvirt ships, each as two chains of nftables at the bridge, of
+//! what comes from the guest and of what goes to it, in a table of the device's own.
+//!
+//! The table is made before the device is in a bridge. The kernel knows the device by its number, which no other one gets: what
+//! is left of a device that has gone filters nobody, and [`sweep`] takes it away.
+
+use super::tap::output_within;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::io;
+use virt_model::device::filter::{FilterName, FilterRef, FilterVariable};
+use virt_model::domain::value::Mac;
+
+/// What tables of devices are called, before the device's number.
+const PREFIX: &str = "virt_tap_";
+
+/// What passes a device: rules as nft reads them, in their order. What none decides on passes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilterPlan {
+    from_guest: Vec<String>,
+    to_guest: Vec<String>,
+}
+
+impl FilterPlan {
+    /// The rules of a filter, for a card with that hardware address.
+    pub fn of(filter: &FilterRef, mac: Mac) -> FilterPlan {
+        let mut plan = FilterPlan::default();
+        let said = filter.macs(FilterVariable::Mac);
+        let macs = if said.is_empty() { vec![mac] } else { said };
+        let known = Known {
+            mac: macs.first().copied().unwrap_or(mac),
+            macs: set(&macs),
+            ips: set(&filter.addresses(FilterVariable::Ip)),
+            dhcp_servers: set(&filter.addresses(FilterVariable::DhcpServer)),
+            gateways: set(&filter.macs(FilterVariable::GatewayMac)),
+        };
+        plan.add(filter.name, &known);
+        plan
+    }
+
+    fn from(&mut self, rule: impl Into<String>) {
+        self.from_guest.push(rule.into());
+    }
+
+    fn to(&mut self, rule: impl Into<String>) {
+        self.to_guest.push(rule.into());
+    }
+
+    fn both(&mut self, rule: &str) {
+        self.from(rule);
+        self.to(rule);
+    }
+
+    fn all(&mut self, filters: &[FilterName], known: &Known) {
+        filters.iter().for_each(|filter| self.add(*filter, known));
+    }
+
+    /// Adds what a filter says, in the order in which libvirt has it looked at.
+    fn add(&mut self, filter: FilterName, known: &Known) {
+        use FilterName as F;
+        let Known { mac, macs, ips, dhcp_servers, gateways } = known;
+        match filter {
+            F::CleanTraffic => {
+                self.all(&[F::NoMacSpoofing, F::NoIpSpoofing], known);
+                self.from("ether type ip accept");
+                self.all(&[F::AllowIncomingIpv4, F::NoArpSpoofing, F::AllowArp, F::QemuAnnounceSelf], known);
+                self.add(F::NoOtherL2Traffic, known);
+            }
+            F::CleanTrafficGateway => {
+                self.all(&[F::NoMacSpoofing, F::NoIpSpoofing, F::NoArpSpoofing, F::AllowArp], known);
+                self.add(F::QemuAnnounceSelfRarp, known);
+                self.to(format!("ether saddr {gateways} accept"));
+                self.from(format!("ether daddr {gateways} accept"));
+                self.add(F::NoOtherL2Traffic, known);
+            }
+            F::NoMacSpoofing => self.from(format!("ether saddr != {macs} drop")),
+            F::NoIpSpoofing => {
+                // Who has no address yet asks for one.
+                self.from("ether type ip ip saddr 0.0.0.0 ip protocol != udp drop");
+                self.from(format!("ether type ip ip saddr != 0.0.0.0 ip saddr != {ips} drop"));
+            }
+            F::NoArpSpoofing => self.all(&[F::NoArpMacSpoofing, F::NoArpIpSpoofing], known),
+            F::NoArpMacSpoofing => self.from(format!("ether type arp arp saddr ether != {macs} drop")),
+            F::NoArpIpSpoofing => self.from(format!("ether type arp arp saddr ip != {ips} drop")),
+            F::NoMacBroadcast => self.from("ether type ip ether daddr ff:ff:ff:ff:ff:ff drop"),
+            F::NoIpMulticast => self.from("ether type ip ip daddr 224.0.0.0/4 drop"),
+            F::NoOtherL2Traffic => self.both("drop"),
+            F::NoOtherRarpTraffic => self.both(&format!("ether type {RARP} drop")),
+            F::AllowArp => self.both("ether type arp accept"),
+            F::AllowIpv4 => self.both("ether type ip accept"),
+            F::AllowIncomingIpv4 => self.to("ether type ip accept"),
+            F::AllowDhcp | F::AllowDhcpServer => {
+                let asked = "ether type ip ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept";
+                self.from(asked);
+                let server = if filter == F::AllowDhcp { String::new() } else { format!("ip saddr {dhcp_servers} ") };
+                self.to(format!("ether type ip {server}udp sport 67 udp dport 68 accept"));
+            }
+            F::QemuAnnounceSelf => {
+                // What an old QEMU sends in place of RARP.
+                self.from("ether type 0x0835 accept");
+                self.all(&[F::QemuAnnounceSelfRarp, F::NoOtherRarpTraffic], known);
+            }
+            F::QemuAnnounceSelfRarp => {
+                let announced = announcement(*mac);
+                self.from(format!("ether saddr {macs} {announced} accept"));
+                self.to(format!("{announced} accept"));
+            }
+        }
+    }
+
+    /// What nft is told, all or nothing, to have exactly this for the device of that number.
+    fn script(&self, number: u32) -> String {
+        let table = format!("bridge {PREFIX}{number}");
+        // To remove what may not be there is an error, so it is made first.
+        let mut lines =
+            vec![format!("add table {table}"), format!("delete table {table}"), format!("add table {table}")];
+        // Before anybody else's look, and after.
+        let hooks = [("from_guest", "iif", "prerouting", -350), ("to_guest", "oif", "postrouting", 350)];
+        for ((chain, key, hook, priority), rules) in hooks.into_iter().zip([&self.from_guest, &self.to_guest]) {
+            let at = format!("type filter hook {hook} priority {priority} ; policy accept ;");
+            lines.push(format!("add chain {table} {chain} {{ {at} }}"));
+            lines.push(format!("add rule {table} {chain} {key} != {number} accept"));
+            lines.extend(rules.iter().map(|rule| format!("add rule {table} {chain} {rule}")));
+        }
+        lines.join(" ; ")
+    }
+
+    /// Has the kernel hold the device of that number to it. Blocks.
+    pub fn put(&self, number: u32) -> io::Result<()> {
+        let script = self.script(number);
+        output_within("nft", &[&script], &[]).map(drop).map_err(|error| {
+            // Its own words begin behind what it was told, and the first line of them is what people need.
+            let text = error.to_string();
+            let words = text.rsplit_once(&*script).map_or(&*text, |(_, words)| words.trim_start_matches(": "));
+            let why = words.lines().next().unwrap_or_default();
+            io::Error::other(format!("nft does not take its filter, which needs chains at bridges: {why}"))
+        })
+    }
+}
+
+/// The protocol by which a card tells where it is now.
+const RARP: &str = "0x8035";
+
+/// What a filter's rules speak of, as nft reads it.
+struct Known {
+    mac: Mac,
+    macs: String,
+    ips: String,
+    dhcp_servers: String,
+    gateways: String,
+}
+
+fn set(values: &[impl ToString]) -> String {
+    format!("{{ {} }}", values.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))
+}
+
+/// To all, by RARP: a question for the address of who asks, who has none. nft has no words for RARP: where its parts are is said in bits.
+fn announcement(mac: Mac) -> String {
+    let number = mac.0.iter().fold(0_u64, |number, byte| number << 8 | u64::from(*byte));
+    let (question, nobody) = ("@nh,48,16 3", "@nh,112,32 0 @nh,192,32 0");
+    format!(
+        "ether type {RARP} ether daddr ff:ff:ff:ff:ff:ff {question} {nobody} @nh,64,48 {number:#x} @nh,144,48 {number:#x}"
+    )
+}
+
+/// Takes away what is left of devices that have gone. Blocks.
+pub fn sweep() -> io::Result<()> {
+    let links: serde_json::Value = serde_json::from_slice(&output_within("ip", &["-json", "link", "show"], &[])?)?;
+    let there: BTreeSet<u64> =
+        links.as_array().into_iter().flatten().filter_map(|link| link["ifindex"].as_u64()).collect();
+    let tables: serde_json::Value =
+        serde_json::from_slice(&output_within("nft", &["-j", "list", "tables", "bridge"], &[])?)?;
+    let all = tables["nftables"].as_array().into_iter().flatten();
+    let ours = all.filter_map(|object| object["table"]["name"].as_str()?.strip_prefix(PREFIX)?.parse::<u64>().ok());
+    for gone in ours.filter(|number| !there.contains(number)) {
+        let table = format!("bridge {PREFIX}{gone}");
+        // Another may have swept it meanwhile.
+        output_within("nft", &[&format!("add table {table} ; delete table {table}")], &[])?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "filter_tests.rs"]
+mod tests;
