@@ -20,6 +20,7 @@ fn plan<'a>(args: &'a [String], env: &'a [(String, String)], output: &'a File) -
         descriptors: None,
         file_limit: None,
         wall: None,
+        ground: None,
         join: &|| (),
         privileged: false,
     }

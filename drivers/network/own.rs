@@ -398,7 +398,7 @@ fn pasta() -> Option<PathBuf> {
 
 /// A process that outlives us, with nothing but that.
 fn plan<'a>(program: &'a Path, args: &'a [String], output: &'a File, gifts: Vec<(i32, OwnedFd)>) -> Plan<'a> {
-    let (judged, user, lock_limit, file_limit, wall) = (None, None, None, None, None);
+    let (judged, user, lock_limit, file_limit, wall, ground) = (None, None, None, None, None, None);
     let (env, join, descriptors, privileged) = (&[], &|| (), None, false);
     Plan {
         program,
@@ -412,6 +412,7 @@ fn plan<'a>(program: &'a Path, args: &'a [String], output: &'a File, gifts: Vec<
         descriptors,
         file_limit,
         wall,
+        ground,
         join,
         privileged,
     }

@@ -34,7 +34,7 @@ use crate::host::secret;
 use crate::host::spawn::{Plan, Spawned, spawn};
 use crate::host::tap::name_of;
 use crate::host::user::RunAs;
-use crate::host::wall::Wall;
+use crate::host::wall::{Ground, GroundToCome, Wall};
 use crate::host::workers::blocking;
 use crate::host::workers::{ClosedAside, Errand, Stop, Workers};
 use crate::network::OwnNetwork;
@@ -132,8 +132,8 @@ pub struct Up {
     pub links: Vec<String>,
 }
 
-/// What a QEMU that is up has told: by its monitor, what `query-chardev` says, and its CPU where that was open.
-type Answers = (Arc<Qmp>, Value, Option<Cpu>);
+/// What a QEMU that is up has told: by its monitor, what `query-chardev` says.
+type Answers = (Arc<Qmp>, Value);
 
 /// How far it has come.
 #[derive(Default)]
@@ -188,6 +188,8 @@ pub struct Job {
     pub privileged: bool,
     /// What its guest may take of the host.
     pub bounds: Option<(Uuid, Bounds)>,
+    /// The ground of its wall, where that is being made.
+    pub ground: Option<GroundToCome>,
 }
 
 impl Start {
@@ -226,6 +228,7 @@ impl Start {
     }
 
     async fn attempt(self: &Arc<Self>, keeper: &Arc<Keeper>, made: &mut Made) -> Result<Up, DriverError> {
+        let ground = self.ground()?;
         if self.lender.is_wary() {
             // From here on something may be lent.
             keeper.change(|_| {}).await?;
@@ -245,16 +248,14 @@ impl Start {
         prepared.lent = self.lend(taken.files).await?;
         self.companions(keeper, &mut prepared, made).await?;
         self.still_wanted()?;
-        let process = made.process.insert(self.spawn_qemu(keeper, prepared).await?);
+        let process = made.process.insert(self.spawn_qemu(keeper, prepared, ground).await?);
         let reporter = Reporter::new(Guest::starting(), self.events.clone(), agent::device(&self.started));
-        let (monitor, devices, cpu) = tokio::select! {
+        let (monitor, devices) = tokio::select! {
             up = self.bring_up(&reporter, keeper) => up?,
             _ = process.ended() => return Err(DriverError::Gone),
             () = self.cancel.cancelled() => return Err(DriverError::Cancelled),
             why = lost_companion(&made.companions, process) => return Err(why),
         };
-        let cpu = cpu.map(|cpu| expanded::written(&cpu));
-        keeper.change(|record| (record.phase, record.cpu) = (Phase::Running, cpu)).await?;
         self.still_wanted()?;
         let instance = self.instance(keeper, made, reporter, monitor)?;
         Ok(Up { instance, devices, links })
@@ -269,6 +270,12 @@ impl Start {
     ) -> Result<T, DriverError> {
         let errand = Errand::new(self.uuid, what.display().to_string()).until(&self.cancel);
         self.workers.run(errand, move |stop| work(stop)).await
+    }
+
+    /// Has the ground of QEMU's wall made, while all else is prepared, where root makes the wall.
+    fn ground(&self) -> Result<Option<GroundToCome>, DriverError> {
+        let begun = self.lender.is_wary().then(Ground::begin).transpose();
+        begun.map_err(|e| unshown("QEMU", &e))
     }
 
     /// The secrets that QEMU is to find, each in an open file in memory.
@@ -443,7 +450,12 @@ impl Start {
     }
 
     /// Makes QEMU's process.
-    async fn spawn_qemu(self: &Arc<Self>, keeper: &Arc<Keeper>, prepared: Prepared) -> Result<Process, DriverError> {
+    async fn spawn_qemu(
+        self: &Arc<Self>,
+        keeper: &Arc<Keeper>,
+        prepared: Prepared,
+        ground: Option<GroundToCome>,
+    ) -> Result<Process, DriverError> {
         let (start, lent) = (self.clone(), prepared.lent);
         let wall = move || {
             let own = start.leavings().own_dir();
@@ -464,6 +476,7 @@ impl Start {
             file_limit: None,
             privileged: false,
             bounds: self.bounds(),
+            ground,
         };
         let log_start = prepared.log.start();
         let (_, process) = spawn_one(keeper, job, wall, move |record, process| {
@@ -516,18 +529,30 @@ impl Start {
         }
         let devices = async {
             match live::has_terminals(&self.started) {
-                true => monitor.execute("query-chardev", json!({})).await,
+                true => monitor.execute("query-chardev", json!({})).await.map_err(DriverError::from),
                 false => Ok(Value::Null),
             }
         };
-        let devices = if self.paused {
-            reporter.guest(Guest::stands);
-            devices.await
-        } else {
-            // QEMU is slow to answer at first; once is enough.
-            tokio::try_join!(devices, monitor.execute("cont", json!({}))).map(|(devices, _)| devices)
+        let cpu = cpu.map(|cpu| expanded::written(&cpu));
+        let kept = keeper.change(|record| (record.phase, record.cpu) = (Phase::Running, cpu));
+        let runs = async {
+            if self.paused {
+                reporter.guest(Guest::stands);
+                return Ok(());
+            }
+            monitor.execute("cont", json!({})).await.map(drop).map_err(DriverError::from)
         };
-        Ok((monitor, devices?, cpu))
+        // QEMU is slow to answer at first: all is asked at once.
+        let devices = match self.from {
+            // Whoever finds it kept and not running yet lets it run.
+            None => tokio::try_join!(devices, runs, kept)?.0,
+            Some(_) => {
+                let (devices, ()) = tokio::try_join!(devices, runs)?;
+                kept.await?;
+                devices
+            }
+        };
+        Ok((monitor, devices))
     }
 
     /// It holds what was saved of the guest: whoever finds it from now on lets it go on, and nobody starts from that again.
@@ -663,6 +688,8 @@ async fn spawn_one(
     let (keeper, name) = (keeper.clone(), job.program.display().to_string());
     let spawned = blocking(move || {
         let wall = wall()?;
+        let unwalled = |e| DriverError::Hypervisor(format!("{} cannot be walled in: {e}", job.program.display()));
+        let ground = job.ground.map(GroundToCome::wait).transpose().map_err(unwalled)?;
         let joined = AtomicBool::new(false);
         let join = || {
             let entered = job.bounds.iter().all(|(guest, bounds)| bounds.enter(*guest));
@@ -680,6 +707,7 @@ async fn spawn_one(
             descriptors: job.descriptors,
             file_limit: job.file_limit,
             wall: Some(&wall),
+            ground: ground.as_ref(),
             join: &join,
             privileged: job.privileged,
         };
