@@ -26,21 +26,9 @@ impl Service {
         let result = self.define_inner(caller, xml, validate).await;
         self.log(caller, &verb::DEFINE, begun, &result);
         if let Ok(domain) = &result {
-            self.warn_of_frozen(domain.clone());
+            self.shared.frozen_disks.look_at(&self.shared, domain.stored().ok().flatten());
         }
         result
-    }
-
-    /// Writes to the log which disks of a machine that has been defined could not be written, were it started. In the
-    /// background: files are looked at for it.
-    fn warn_of_frozen(&self, domain: Arc<Domain>) {
-        let shared = self.shared.clone();
-        tokio::spawn(async move {
-            let Ok(Some(def)) = domain.stored() else { return };
-            for finding in shared.images.frozen_in(&def).await {
-                tracing::warn!(uuid = %def.uuid, name = def.name, "{finding}");
-            }
-        });
     }
 
     async fn define_inner(&self, caller: &Caller, xml: &str, validate: bool) -> Result<Arc<Domain>> {

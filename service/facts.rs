@@ -93,6 +93,12 @@ impl DomainFacts {
         now(self) != now(before)
     }
 
+    /// Whether it wants devices of the host, by any of its configurations.
+    pub(crate) fn wants_devices(&self) -> bool {
+        let all = [Some(&self.config), self.stored.as_ref()];
+        all.into_iter().flatten().any(|config| !config.wishes.is_empty())
+    }
+
     /// The stored configuration differs from what runs.
     pub fn config_changed(&self) -> bool {
         !self.pending.is_empty()

@@ -17,6 +17,7 @@ pub mod facts;
 mod fail_point;
 pub mod fair;
 mod frames;
+mod frozen_disks;
 mod image_users;
 #[allow(clippy::disallowed_methods, reason = "only asks which inode a path leads to, few at a time, with a limit")]
 mod images;

@@ -7,6 +7,7 @@ use crate::desk::{Desk, Reading};
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::fair::FairPlaces;
+use crate::frozen_disks::FrozenDisks;
 use crate::image_users::ImageUsers;
 use crate::images::Images;
 use crate::job::Jobs;
@@ -92,6 +93,8 @@ pub(crate) struct Shared {
     pub store: Store,
     pub limits: Limits,
     pub images: Arc<Images>,
+    /// Who is warned of disks that cannot be written.
+    pub frozen_disks: FrozenDisks,
     /// Which machine has which image.
     pub image_users: ImageUsers,
     /// What machines need of objects of other kinds.
@@ -111,7 +114,7 @@ pub(crate) struct Shared {
     pub subscriptions: Subscriptions,
     pub subscription_places: Arc<FairPlaces<u32>>,
     pub readings: Readings,
-    /// Counts how often what a machine is made of has changed, or whether it runs.
+    /// Counts how often what a machine that wants devices of the host is made of has changed, or whether it runs.
     pub configurations: watch::Sender<u64>,
     /// Machines of which nothing is left but something that was cut off, and is not whole yet.
     unsettled: watch::Sender<BTreeMap<Uuid, usize>>,
@@ -141,6 +144,7 @@ impl Shared {
             store,
             limits,
             images,
+            frozen_disks: FrozenDisks::default(),
             image_users: ImageUsers::default(),
             uses: Uses::default(),
             plugs: Plugs::default(),

@@ -8,6 +8,7 @@ use super::apart;
 use super::lender::Lender;
 use super::resolve::Found;
 use super::secret::handed;
+use super::threads;
 use super::tool::{Bounds, tame};
 use super::user::RunAs;
 use super::wall::{self, Maker, Wall};
@@ -164,7 +165,7 @@ impl Drop for LentFromAfar {
     fn drop(&mut self) {
         let lent = self.0.take();
         // Without a thread it is done here: better late than never.
-        let _ = std::thread::Builder::new().name("files".to_owned()).spawn(move || drop(lent));
+        let _ = threads::run(move || drop(lent));
     }
 }
 
@@ -329,7 +330,7 @@ impl Images {
             tame(&mut command, self.lender.user().map(Into::into), BOUNDS);
             if self.lender.user().is_some() {
                 // From there nothing is fetched any more.
-                wall.enter()?;
+                wall.enter(None)?;
             }
             // What it has written by then is thrown away.
             finish(&mut command, &self.stop, false)
@@ -425,7 +426,7 @@ pub fn convert(from: &File, to: &File, user: Option<&RunAs>, stop: &Stop) -> io:
         tame(&mut command, user.map(Into::into), Bounds { cpu: Some(CONVERSION), ..BOUNDS });
         if user.is_some() {
             // From there nothing is fetched any more.
-            Wall::default().enter()?;
+            Wall::default().enter(None)?;
         }
         // What it has written by then is thrown away.
         finish(&mut command, stop, false)

@@ -40,6 +40,7 @@ pub mod storage;
 pub mod tap;
 #[cfg(test)]
 pub(crate) mod test_program;
+pub(crate) mod threads;
 pub mod tool;
 #[allow(clippy::disallowed_methods, reason = "its book is in a folder of ours")]
 pub mod uids;

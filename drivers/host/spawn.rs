@@ -17,7 +17,7 @@ use super::process::{Identity, kill};
 use super::ready::ready_by;
 use super::tool::limit;
 use super::user::RunAs;
-use super::wall::{self, Maker, Wall};
+use super::wall::{self, Ground, Maker, Wall};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::{CString, OsStr};
@@ -55,6 +55,8 @@ pub struct Plan<'a> {
     pub file_limit: Option<u64>,
     /// What it finds around it; all that we do if `None`.
     pub wall: Option<&'a Wall>,
+    /// The ground of that wall, where it was made before.
+    pub ground: Option<&'a Ground>,
     /// Called by the thread that is to go behind the wall, and makes the process there: what that thread joins, the process is
     /// in from its first moment. Never called without a wall, nor with one that the process makes itself.
     pub join: &'a (dyn Fn() + Sync),
@@ -77,6 +79,7 @@ impl<'a> Plan<'a> {
             descriptors: None,
             file_limit: None,
             wall: None,
+            ground: None,
             join: &|| (),
             privileged: false,
         }
@@ -149,7 +152,7 @@ unsafe impl Send for Prepared {}
 /// Starts the process. `record` is called with its identity, and must have it on disk when it returns, before the
 /// program runs. Blocks until the program runs; the calling thread must live that long. On error there is no process.
 pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -> io::Result<Spawned> {
-    let (program, wall, join) = (plan.program.to_owned(), plan.wall, plan.join);
+    let (program, wall, ground, join) = (plan.program.to_owned(), plan.wall, plan.ground, plan.join);
     let (go_child, go) = pipe()?;
     let (error, error_child) = pipe()?;
     let prepared = Prepared::new(plan, go_child, error_child)?;
@@ -174,7 +177,7 @@ pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -
         }
         Some(wall) => {
             join();
-            wall.enter().and_then(|()| prepared.fork()).map_err(|e| unwalled(&program, &e))
+            wall.enter(ground).and_then(|()| prepared.fork()).map_err(|e| unwalled(&program, &e))
         }
     };
     made(prepared, fork, release)

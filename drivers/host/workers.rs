@@ -9,6 +9,7 @@
 //!                                               └─ limit or cancel ─▶ its tool is killed ─▶ its result, or it is left behind
 //! ```
 
+use super::threads;
 use rustix::process::{Pid, Signal, kill_process};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,8 +32,6 @@ const REAPING: Duration = Duration::from_secs(2);
 const OF_ONE_MACHINE: usize = 4;
 /// Errands of all machines at once, those included that never come back.
 const OF_ALL: usize = 2048;
-/// Bytes of each thread's stack.
-const STACK: usize = 512 << 10;
 
 /// How long work may take that reads or writes that many bytes.
 pub fn patience(bytes: u64) -> Duration {
@@ -165,8 +164,7 @@ impl Workers {
     ) -> Result<oneshot::Receiver<Result<T, DriverError>>, DriverError> {
         let (hand_over, result) = oneshot::channel();
         let (workers, guest, runtime) = (self.clone(), errand.guest, tokio::runtime::Handle::current());
-        let thread = std::thread::Builder::new().name("files".to_owned()).stack_size(STACK);
-        let begun = thread.spawn(move || {
+        let begun = threads::run(move || {
             let _within = runtime.enter();
             let _ = hand_over.send(work(&stop));
             drop(place);
@@ -308,19 +306,17 @@ impl ClosedAside {
 impl Drop for ClosedAside {
     fn drop(&mut self) {
         let Some(file) = self.0.take() else { return };
-        if let Err(error) =
-            std::thread::Builder::new().name("close".to_owned()).stack_size(STACK).spawn(move || drop(file))
-        {
+        if let Err(error) = threads::run(move || drop(file)) {
             tracing::warn!(%error, "no thread to close a file in");
         }
     }
 }
 
-/// Runs what blocks where it may: in a thread of its own, within the runtime. The runtime's own pool is for what always ends.
+/// Runs what blocks where it may: in a [thread](threads) of its own, within the runtime. The runtime's own pool is for what always ends.
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, DriverError> {
     let (hand_over, done) = tokio::sync::oneshot::channel();
     let runtime = tokio::runtime::Handle::current();
-    let begun = std::thread::Builder::new().name("blocking".to_owned()).spawn(move || {
+    let begun = threads::run(move || {
         let _within = runtime.enter();
         let _ = hand_over.send(work());
     });

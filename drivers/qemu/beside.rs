@@ -66,6 +66,7 @@ impl Side {
             descriptors: Some(DESCRIPTORS).filter(|_| !companion.privileged),
             file_limit: Some(COMPANION_FILE).filter(|_| !companion.privileged),
             privileged: companion.privileged,
+            ground: None,
             bounds: self.lender.user().map(|_| (self.uuid, self.bounds)),
         }
     }

@@ -37,6 +37,8 @@ use virt_model::state::Suspended;
 
 /// How long a monitor may take to answer before virtd goes on without it.
 const CONTACT: Duration = Duration::from_secs(2);
+/// What QEMU says of a guest whose CPUs have never run.
+const NEVER_RAN: &str = "prelaunch";
 /// How long a process whose monitor has gone may take to follow it.
 const DYING: Duration = Duration::from_millis(500);
 /// How long one that has not answered is listened to before it is called again.
@@ -145,6 +147,7 @@ impl Search {
             has_ports: !self.found.live.devices.channels.is_empty(),
             reporter: reporter.clone(),
             live: self.found.live.clone(),
+            is_to_run: record.phase == Phase::Running && self.found.last == Condition::Running,
         };
         let contact = tokio::select! {
             contact = caller.call(CONTACT) => contact,
@@ -258,6 +261,8 @@ struct Caller {
     reporter: Arc<Reporter>,
     /// As it ran when last seen.
     live: Arc<DomainDef>,
+    /// It was up, and its CPUs ran or were just being told to.
+    is_to_run: bool,
 }
 
 impl Caller {
@@ -272,7 +277,12 @@ impl Caller {
                 return Err(DriverError::Internal("its QEMU knows itself by another uuid".into()));
             }
             let status = monitor.execute("query-status", json!({})).await?;
-            let status = status.get("status").and_then(Value::as_str).unwrap_or_default();
+            let mut status = status.get("status").and_then(Value::as_str).unwrap_or_default();
+            if self.is_to_run && status == NEVER_RAN {
+                // The last virtd was cut off in the last step of its start.
+                monitor.execute("cont", json!({})).await?;
+                status = "running";
+            }
             if self.has_ports {
                 let all = monitor.execute("query-chardev", json!({})).await?;
                 let all = all.as_array().map(Vec::as_slice).unwrap_or_default();

@@ -33,6 +33,7 @@ use crate::host::macvtap::Macvtap;
 use crate::host::process::Process;
 use crate::host::secret;
 use crate::host::tap::name_of;
+use crate::host::wall::{Ground, GroundToCome};
 use crate::host::workers::blocking;
 use crate::host::workers::{ClosedAside, Errand, Stop, Workers};
 use crate::network::OwnNetwork;
@@ -130,8 +131,8 @@ pub struct Up {
     pub links: Vec<String>,
 }
 
-/// What a QEMU that is up has told: by its monitor, what `query-chardev` says, and its CPU where that was open.
-type Answers = (Arc<Qmp>, Value, Option<Cpu>);
+/// What a QEMU that is up has told: by its monitor, what `query-chardev` says.
+type Answers = (Arc<Qmp>, Value);
 
 /// How far it has come.
 #[derive(Default)]
@@ -196,6 +197,7 @@ impl Start {
     }
 
     async fn attempt(self: &Arc<Self>, keeper: &Arc<Keeper>, made: &mut Made) -> Result<Up, DriverError> {
+        let ground = self.ground()?;
         if self.lender.is_wary() {
             // From here on something may be lent.
             keeper.change(|_| {}).await?;
@@ -216,16 +218,14 @@ impl Start {
         prepared.lent = self.lend(taken.files).await?;
         self.companions(keeper, &mut prepared, made).await?;
         self.still_wanted()?;
-        let process = made.process.insert(self.spawn_qemu(keeper, prepared).await?);
+        let process = made.process.insert(self.spawn_qemu(keeper, prepared, ground).await?);
         let reporter = Reporter::new(Guest::starting(), self.events.clone(), agent::device(&self.started));
-        let (monitor, devices, cpu) = tokio::select! {
+        let (monitor, devices) = tokio::select! {
             up = self.bring_up(&reporter, keeper) => up?,
             _ = process.ended() => return Err(DriverError::Gone),
             () = self.cancel.cancelled() => return Err(DriverError::Cancelled),
             why = lost_companion(&made.companions, process) => return Err(why),
         };
-        let cpu = cpu.map(|cpu| expanded::written(&cpu));
-        keeper.change(|record| (record.phase, record.cpu) = (Phase::Running, cpu)).await?;
         self.still_wanted()?;
         let instance = self.instance(keeper, made, reporter, monitor)?;
         Ok(Up { instance, devices, links })
@@ -240,6 +240,12 @@ impl Start {
     ) -> Result<T, DriverError> {
         let errand = Errand::new(self.uuid, what.display().to_string()).until(&self.cancel);
         self.workers.run(errand, move |stop| work(stop)).await
+    }
+
+    /// Has the ground of QEMU's wall made, while all else is prepared, where root makes the wall.
+    fn ground(&self) -> Result<Option<GroundToCome>, DriverError> {
+        let begun = self.lender.is_wary().then(Ground::begin).transpose();
+        begun.map_err(|e| unshown("QEMU", &e))
     }
 
     /// The secrets that QEMU is to find, each in an open file in memory.
@@ -414,7 +420,12 @@ impl Start {
     }
 
     /// Makes QEMU's process.
-    async fn spawn_qemu(self: &Arc<Self>, keeper: &Arc<Keeper>, prepared: Prepared) -> Result<Process, DriverError> {
+    async fn spawn_qemu(
+        self: &Arc<Self>,
+        keeper: &Arc<Keeper>,
+        prepared: Prepared,
+        ground: Option<GroundToCome>,
+    ) -> Result<Process, DriverError> {
         let (start, lent) = (self.clone(), prepared.lent);
         let wall = move || {
             let own = start.leavings().own_dir();
@@ -435,6 +446,7 @@ impl Start {
             file_limit: None,
             privileged: false,
             bounds: self.bounds(),
+            ground,
         };
         let log_start = prepared.log.start();
         let (_, process) = spawn_one(keeper, job, wall, move |record, process| {
@@ -487,18 +499,30 @@ impl Start {
         }
         let devices = async {
             match live::has_terminals(&self.started) {
-                true => monitor.execute("query-chardev", json!({})).await,
+                true => monitor.execute("query-chardev", json!({})).await.map_err(DriverError::from),
                 false => Ok(Value::Null),
             }
         };
-        let devices = if self.paused {
-            reporter.guest(Guest::stands);
-            devices.await
-        } else {
-            // QEMU is slow to answer at first; once is enough.
-            tokio::try_join!(devices, monitor.execute("cont", json!({}))).map(|(devices, _)| devices)
+        let cpu = cpu.map(|cpu| expanded::written(&cpu));
+        let kept = keeper.change(|record| (record.phase, record.cpu) = (Phase::Running, cpu));
+        let runs = async {
+            if self.paused {
+                reporter.guest(Guest::stands);
+                return Ok(());
+            }
+            monitor.execute("cont", json!({})).await.map(drop).map_err(DriverError::from)
         };
-        Ok((monitor, devices?, cpu))
+        // QEMU is slow to answer at first: all is asked at once.
+        let devices = match self.from {
+            // Whoever finds it kept and not running yet lets it run.
+            None => tokio::try_join!(devices, runs, kept)?.0,
+            Some(_) => {
+                let (devices, ()) = tokio::try_join!(devices, runs)?;
+                kept.await?;
+                devices
+            }
+        };
+        Ok((monitor, devices))
     }
 
     /// It holds what was saved of the guest: whoever finds it from now on lets it go on, and nobody starts from that again.

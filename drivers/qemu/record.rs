@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   starting ──────▶ spawned ──────▶ loaded ───────────▶ running
-//!   before anything  before QEMU     from a saved        CPUs run, or stand as asked
-//!   is lent or made  runs            machine only
+//!   before anything  before QEMU     from a saved        CPUs run, or are just being told to,
+//!   is lent or made  runs            machine only        or stand as asked
 //! ```
 //! A guest whose record says neither `loaded` nor `running` was cut off in its start: the next virtd ends it. One that is `loaded` may
 //! have gone on from what was saved of it, which is not used again: the next virtd lets it go on.

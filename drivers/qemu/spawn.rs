@@ -7,7 +7,7 @@ use crate::host::files::Program;
 use crate::host::process::{Identity, Process};
 use crate::host::spawn::{Plan, Spawned, spawn};
 use crate::host::user::RunAs;
-use crate::host::wall::Wall;
+use crate::host::wall::{GroundToCome, Wall};
 use crate::host::workers::blocking;
 use std::fs::File;
 use std::path::PathBuf;
@@ -42,6 +42,8 @@ pub struct Job {
     pub privileged: bool,
     /// What its guest may take of the host.
     pub bounds: Option<(Uuid, Bounds)>,
+    /// The ground of its wall, where that is being made.
+    pub ground: Option<GroundToCome>,
 }
 
 /// Makes a process beside QEMU, which is recorded as `record` says.
@@ -66,6 +68,8 @@ pub async fn spawn_one(
     let (keeper, name) = (keeper.clone(), job.program.display().to_string());
     let spawned = blocking(move || {
         let wall = wall()?;
+        let unwalled = |e| DriverError::Hypervisor(format!("{} cannot be walled in: {e}", job.program.display()));
+        let ground = job.ground.map(GroundToCome::wait).transpose().map_err(unwalled)?;
         let joined = AtomicBool::new(false);
         let join = || {
             let entered = job.bounds.iter().all(|(guest, bounds)| bounds.enter(*guest));
@@ -83,6 +87,7 @@ pub async fn spawn_one(
             descriptors: job.descriptors,
             file_limit: job.file_limit,
             wall: Some(&wall),
+            ground: ground.as_ref(),
             join: &join,
             privileged: job.privileged,
         };

@@ -4,6 +4,7 @@
 use super::folder::{PoolFolder, id_of};
 use crate::host::acl::through;
 use crate::host::apart::apart;
+use crate::host::threads;
 use crate::host::workers::ClosedAside;
 use rustix::fs::{AtFlags, Gid, IFlags, Mode, OFlags, RenameFlags, Uid};
 use rustix::fs::{
@@ -103,7 +104,7 @@ impl Drop for Draft {
         let unfinished = self.unfinished.lock().unwrap_or_else(PoisonError::into_inner).take();
         let (Some(name), folder) = (unfinished, self.folder.clone()) else { return };
         // The next start of the pool removes it else.
-        let _ = std::thread::Builder::new().name("files".to_owned()).spawn(move || {
+        let _ = threads::run(move || {
             let _ = unlinkat(&folder, name, AtFlags::empty());
         });
     }

@@ -253,6 +253,7 @@ impl Domain {
         state.tell_images(&self.shared.image_users, self.uuid);
         state.tell_needs(&self.shared.uses, self.uuid);
         let otherwise = !was_told || facts.is_made_otherwise(&before);
+        let wants_devices = before.wants_devices() || facts.wants_devices();
         self.shared.plugs.has_cards(self.uuid, state.live().filter(|_| !state.gone).map(|live| &**live));
         if was_told || !state.gone {
             let gone = state.gone;
@@ -274,7 +275,7 @@ impl Domain {
         }
         let has_gone = state.gone;
         drop(state);
-        if otherwise || has_gone {
+        if wants_devices && (otherwise || has_gone) {
             self.shared.configurations.send_modify(|n| *n += 1);
         }
         self.changes.send_modify(|n| *n += 1);

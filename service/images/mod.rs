@@ -14,7 +14,8 @@ use crate::object::{ObjectKind, ObjectRef, Usage, User};
 use crate::volumes::by_name;
 use overlays::is_open_ended;
 use seen::{FileNumber, Seen};
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
 use uuid::Uuid;
@@ -436,16 +437,17 @@ impl Images {
         files: &[PathBuf],
         first: &impl Fn(&ChainKind) -> usize,
     ) -> BTreeMap<PathBuf, Vec<Chain>> {
-        let files: Vec<(&PathBuf, Option<FileNumber>)> =
-            files.iter().map(|file| (file, self.seen.number_of(file))).collect();
+        let numbers = files.iter().filter_map(|file| Some((self.seen.number_of(file)?, file)));
+        let mut by_number: HashMap<FileNumber, Vec<&PathBuf>> = HashMap::new();
+        numbers.for_each(|(number, file)| by_number.entry(number).or_default().push(file));
+        let by_path: HashSet<&PathBuf> = files.iter().collect();
         let mut having: BTreeMap<PathBuf, Vec<Chain>> = BTreeMap::new();
         every(&mut |chain| {
             for one in chain.files.iter().skip(first(chain.kind)) {
-                let number = self.seen.number_of(one);
-                let is =
-                    |(file, at): &&(&PathBuf, Option<FileNumber>)| *file == one || number.is_some() && *at == number;
-                for (file, _) in files.iter().filter(is) {
-                    let chains = having.entry((*file).clone()).or_default();
+                let others = self.seen.number_of(one).and_then(|number| by_number.get(&number));
+                let others = others.into_iter().flatten().copied().filter(|file| *file != one);
+                for file in by_path.get(one).copied().into_iter().chain(others) {
+                    let chains = having.entry(file.clone()).or_default();
                     let chain = chain.to_chain();
                     if !chains.contains(&chain) {
                         chains.push(chain);
@@ -499,12 +501,24 @@ impl Images {
     /// The disks of a configuration that would be written though somebody needs them as they are: it can be stored, and not
     /// be started.
     pub async fn frozen_in(self: &Arc<Self>, def: &DomainDef) -> Vec<Finding> {
+        self.frozen_in_any(&[def]).await.into_iter().map(|(_, finding)| finding).collect()
+    }
+
+    /// The same of several, each finding with its own.
+    pub async fn frozen_in_any<'a, D: Deref<Target = DomainDef>>(
+        self: &Arc<Self>,
+        defs: &'a [D],
+    ) -> Vec<(&'a D, Finding)> {
         let mut findings = Vec::new();
-        let users = self.users_of(&written_by(def), Fate::Written, None).await;
-        for disk in def.devices.disks.iter().filter(|disk| is_written(disk)) {
-            if let Some((path, users)) = disk.path().and_then(|path| Some((path, users.get(Path::new(path))?))) {
-                let text = format!("{path} is what {} stands on, and cannot be written: {FROZEN}", users.join(", "));
-                findings.push(Finding::unsupported(&disk.at, text));
+        let written: Vec<PathBuf> = defs.iter().flat_map(|def| written_by(def)).collect();
+        let users = self.users_of(&written, Fate::Written, None).await;
+        for def in defs {
+            for disk in def.devices.disks.iter().filter(|disk| is_written(disk)) {
+                if let Some((path, users)) = disk.path().and_then(|path| Some((path, users.get(Path::new(path))?))) {
+                    let text =
+                        format!("{path} is what {} stands on, and cannot be written: {FROZEN}", users.join(", "));
+                    findings.push((def, Finding::unsupported(&disk.at, text)));
+                }
             }
         }
         findings

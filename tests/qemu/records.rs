@@ -115,6 +115,32 @@ async fn l2_a_record_that_is_refused_loses_no_guest() {
     domain.run("Start").await.expect("it starts again");
 }
 
+/// The last virtd was killed when it had kept that a guest is up, and before its QEMU had been told to run it.
+#[tokio::test]
+async fn a_guest_that_was_just_to_run_runs() {
+    let Some(mut daemon) = Daemon::on_session_bus().await else { return };
+    let Some(tick) = Tick::new(&daemon, "last-step", "") else { return };
+    let client = Client { connection: daemon.connect().await };
+    let domain = client.define(&tick.xml).await.expect("defined");
+    let uuid: String = domain.property("UUID").await;
+    let status = daemon.root().join(format!("run/virt/status/{uuid}.json"));
+    domain.call("Start", &(with([("paused", true)]),)).await.expect("started");
+    daemon.kill_virtd().await;
+    let kept = std::fs::read(&status).expect("a status");
+    let mut to_run: serde_json::Value = serde_json::from_slice(&kept).expect("JSON");
+    assert_eq!(to_run["state"], "paused");
+    // One that was to stand stands.
+    daemon.start_virtd().await;
+    assert_eq!(domain.state().await.0, "paused");
+    daemon.kill_virtd().await;
+    (to_run["state"], to_run["reason"]) = ("running".into(), "booted".into());
+    std::fs::write(&status, to_run.to_string()).expect("written");
+    daemon.start_virtd().await;
+    assert_eq!(domain.state().await.0, "running");
+    tick.counts_to(1).await;
+    domain.run("Destroy").await.expect("destroyed");
+}
+
 /// What a definition hides is in no argument that anybody on the host reads, and in nothing that is published.
 #[tokio::test]
 async fn m6_secrets_are_told_to_nobody_who_did_not_ask_for_them() {

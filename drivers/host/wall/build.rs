@@ -4,12 +4,13 @@ use super::attach::{Origin, Root, Tree};
 use super::sys::{self, Hold};
 use super::unprivileged::PTMX;
 use super::{Folder, Wall};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, chmodat, fstat, makedev, mkdirat, mknodat, openat, symlinkat};
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 
 /// Bytes and names in the root itself, which holds little but places to mount on.
 const ROOT: &[(&str, &str)] = &[("mode", "0755"), ("size", "4m"), ("nr_inodes", "16k")];
@@ -49,34 +50,91 @@ const DEVICES: [&str; 6] = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random"
 /// The maker of terminals. A node of our own: the kernel looks for `pts` beside it, where a mount has nothing beside it.
 const TERMINALS: (&str, u32, u32) = ("ptmx", 5, 2);
 
-/// Takes the calling thread, and no other, behind the wall. On error the thread is of no use any more.
-pub fn enter(wall: &Wall) -> io::Result<()> {
+/// Mounts of their own, and in them a root with what is behind every wall. What else is behind one need not be known yet.
+pub struct Ground {
+    root: Root,
+    /// The mounts, where another thread made them.
+    mounts: Option<OwnedFd>,
+}
+
+/// A ground that is being made.
+pub struct GroundToCome(mpsc::Receiver<io::Result<Ground>>);
+
+impl Ground {
+    /// Has one made in a thread of its own, by root's rights; waits for nothing. Error: there is no thread to be had.
+    pub fn begin() -> io::Result<GroundToCome> {
+        let (hand_over, made) = mpsc::channel();
+        std::thread::Builder::new().name("wall".to_owned()).spawn(move || {
+            let made = Ground::apart().and_then(|ground| {
+                let mounts = openat(CWD, "/proc/thread-self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+                Ok(Ground { mounts: Some(mounts), ..ground })
+            });
+            let _ = hand_over.send(made);
+        })?;
+        Ok(GroundToCome(made))
+    }
+
+    /// Gives the calling thread, and no other, mounts of its own, and makes one in them.
+    fn apart() -> io::Result<Ground> {
+        own_mounts()?;
+        Ground::make(Origin::Held)
+    }
+
+    /// Makes one in the mounts of the calling thread, which are its own. From then on its programs are covered.
+    fn make(origin: Origin) -> io::Result<Ground> {
+        let trees = common_trees()?;
+        let root = new_root().map_err(|e| explain("an empty root", e))?;
+        links(&root).and_then(|()| terminal_maker(&root, origin)).map_err(|e| explain("links", e))?;
+        trees.iter().try_for_each(|tree| root.attach(tree))?;
+        Ok(Ground { root, mounts: None })
+    }
+
+    /// The calling thread, and no other, has these mounts.
+    fn enter(&self) -> io::Result<()> {
+        let Some(mounts) = &self.mounts else { return Ok(()) };
+        let entered = unshare(CloneFlags::CLONE_FS).and_then(|()| setns(mounts, CloneFlags::CLONE_NEWNS));
+        entered.map_err(|e| explain("mounts of its own", io::Error::from(e)))
+    }
+}
+
+impl GroundToCome {
+    /// Waits for it, which takes moments.
+    pub fn wait(self) -> io::Result<Ground> {
+        self.0.recv().unwrap_or_else(|_| Err(io::Error::other("the thread that makes its mounts failed")))
+    }
+}
+
+/// Takes the calling thread, and no other, behind the wall, on that ground or one of its own. On error the thread is of no use any
+/// more.
+pub fn enter(wall: &Wall, ground: Option<&Ground>) -> io::Result<()> {
+    // Only here what was found here can be mounted.
     let trees = trees(wall, Origin::Held)?;
-    let mut flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC;
+    let own = ground.is_none().then(Ground::apart).transpose()?;
+    let ground = ground.or(own.as_ref()).ok_or_else(|| io::Error::other("a wall without a ground"))?;
+    ground.enter()?;
+    let mut flags = CloneFlags::CLONE_NEWIPC;
     flags.set(CloneFlags::CLONE_NEWNET, !wall.network);
     unshare(flags).map_err(|e| explain("namespaces of its own", io::Error::from(e)))?;
-    keep_to_itself()?;
-    raise(wall, &trees, Origin::Held)
+    raise(wall, &ground.root, &trees)
 }
 
 /// Takes this process, which has one thread and all but mounts of its own, behind the wall. On error it is of no use any more.
 pub fn enter_copy(wall: &Wall) -> io::Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS).map_err(|e| explain("mounts of its own", io::Error::from(e)))?;
-    keep_to_itself()?;
+    own_mounts()?;
     let trees = trees(wall, Origin::Copied)?;
-    raise(wall, &trees, Origin::Copied)
+    let ground = Ground::make(Origin::Copied)?;
+    raise(wall, &ground.root, &trees)
 }
 
-/// What is mounted here from now on is here alone.
-fn keep_to_itself() -> io::Result<()> {
+/// What is mounted in the calling thread, or process, from now on is there alone.
+fn own_mounts() -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|e| explain("mounts of its own", io::Error::from(e)))?;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .map_err(|e| explain("mounts of its own (in a chroot, mount its folder onto itself first)", io::Error::from(e)))
 }
 
-/// Makes a root of these trees, and goes into it.
-fn raise(wall: &Wall, trees: &[Tree], origin: Origin) -> io::Result<()> {
-    let root = new_root().map_err(|e| explain("an empty root", e))?;
-    links(&root).and_then(|()| terminal_maker(&root, origin)).map_err(|e| explain("links", e))?;
+/// Puts these trees into a root, and goes into it.
+fn raise(wall: &Wall, root: &Root, trees: &[Tree]) -> io::Result<()> {
     let held = Hold { no_devices: true, no_programs: true, read_only: false };
     if wall.scratch {
         // Before what may be below it.
@@ -92,39 +150,48 @@ fn raise(wall: &Wall, trees: &[Tree], origin: Origin) -> io::Result<()> {
         let proc = proc.map_err(|e| explain("/proc", e))?;
         root.attach(&Tree { mount: proc, at: "/proc".into(), folder: true })?;
     }
-    pivot(&root).map_err(|e| explain("a root of its own", e))
+    pivot(root).map_err(|e| explain("a root of its own", e))
 }
 
 pub fn explain(what: &str, error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("it cannot be given {what}: {error}"))
 }
 
-/// Everything that is to be there, made while paths still mean what they mean to us; what contains others comes first.
+/// What is shown of the host and not written.
+const READ_ONLY: Hold = Hold { read_only: true, no_devices: true, no_programs: false };
+/// The same of what holds no programs.
+const DATA: Hold = Hold { no_programs: true, ..READ_ONLY };
+/// Devices.
+const NODES: Hold = Hold { read_only: false, no_devices: false, no_programs: true };
+
+/// What is behind every wall; made before there is a root, which lies upon programs.
+fn common_trees() -> io::Result<Vec<Tree>> {
+    let programs = PROGRAMS.iter().filter(|path| !Path::new(path).is_symlink()).map(|path| (path, READ_ONLY));
+    let settings = SETTINGS.iter().map(|path| (path, DATA));
+    let devices = DEVICES.iter().map(|path| (path, NODES));
+    let all = programs.chain(settings).chain(devices);
+    all.filter_map(|(path, hold)| host(Path::new(path), hold).transpose()).collect()
+}
+
+/// What is to be there beside that, made while paths still mean what they mean to us; what contains others comes first.
 fn trees(wall: &Wall, origin: Origin) -> io::Result<Vec<Tree>> {
-    let read_only = Hold { read_only: true, no_devices: true, no_programs: false };
-    let data = Hold { no_programs: true, ..read_only };
     let mut trees = Vec::new();
-    let stores = STORES.iter().filter(|store| wall.programs.iter().any(|program| program.starts_with(store)));
-    for path in PROGRAMS.iter().filter(|path| !Path::new(path).is_symlink()).chain(stores) {
-        trees.extend(host(Path::new(path), read_only)?);
+    for store in STORES.iter().filter(|store| wall.programs.iter().any(|program| program.starts_with(store))) {
+        trees.extend(host(Path::new(store), READ_ONLY)?);
     }
     for program in wall
         .programs
         .iter()
         .filter(|program| !program.starts_with("/usr") && !STORES.iter().any(|s| program.starts_with(s)))
     {
-        trees.extend(host(&home_of(program), read_only)?);
+        trees.extend(host(&home_of(program), READ_ONLY)?);
     }
-    let settings = SETTINGS.iter().chain(NETWORK.iter().filter(|_| wall.network));
-    for path in settings {
-        trees.extend(host(Path::new(path), data)?);
+    for path in NETWORK.iter().filter(|_| wall.network) {
+        trees.extend(host(Path::new(path), DATA)?);
     }
-    trees.extend(host(Path::new(if wall.kernel { "/sys" } else { "/sys/devices/system" }), data)?);
-    for path in DEVICES {
-        trees.extend(host(Path::new(path), Hold { no_programs: true, ..Hold::default() })?);
-    }
+    trees.extend(host(Path::new(if wall.kernel { "/sys" } else { "/sys/devices/system" }), DATA)?);
     for path in &wall.nodes {
-        trees.extend(host(path, Hold { no_programs: true, ..Hold::default() })?);
+        trees.extend(host(path, NODES)?);
     }
     for Folder { path, fd, write } in &wall.folders {
         let hold = Hold { read_only: !write, no_devices: true, no_programs: true };

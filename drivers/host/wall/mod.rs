@@ -1,8 +1,8 @@
 //! The wall around a guest's processes: a mount namespace in which nothing is but what they were given.
 //!
 //! ```text
-//!   judged descriptors ─clone─▶ mounts ─┐
-//!   unshare ─▶ an empty root ◀─attach───┴─ /usr, few of /etc, /dev, /proc ─▶ pivot_root ─▶ fork
+//!   unshare ─▶ an empty root ◀─ /usr, few of /etc, /dev               (the ground: it may be made before the rest is known)
+//!                  ▲─attach── mounts ◀─clone─ judged descriptors, /proc ─▶ pivot_root ─▶ fork
 //! ```
 //!
 //! A path means there what root judged by its descriptor, whatever is renamed outside. All of it is done in a thread of its
@@ -29,6 +29,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub use build::{Ground, GroundToCome};
 pub use enter::{has_own_network, show};
 pub use sys::{Hold, file_system, put};
 pub use unprivileged::{PTMX, fork, obstacle, own_network, terminals};
@@ -87,14 +88,14 @@ impl Wall {
     /// Runs `work` in a thread behind the wall; processes it makes are there, too. It is one of [`apart::without`]. Needs root.
     /// Blocks. Errors say what of the wall could not be made.
     pub fn within<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-        apart::without(|| self.enter().and_then(|()| work()))
+        apart::without(|| self.enter(None).and_then(|()| work()))
     }
 
-    /// Takes the calling thread, and no other, behind the wall. On error the thread is of no use any more. A wall of
-    /// [`Maker::Own`] is entered by [`fork`].
-    pub fn enter(&self) -> io::Result<()> {
+    /// Takes the calling thread, and no other, behind the wall; on `ground`, where that has been made for it. On error the thread is
+    /// of no use any more. A wall of [`Maker::Own`] is entered by [`fork`].
+    pub fn enter(&self, ground: Option<&Ground>) -> io::Result<()> {
         if self.maker != Maker::Nobody {
-            build::enter(self)?;
+            build::enter(self, ground)?;
         }
         self.lock()
     }

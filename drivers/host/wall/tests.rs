@@ -166,3 +166,23 @@ fn one_filter_holds_all_that_is_refused_each_with_its_error() {
         assert_eq!(error(|| libc::syscall(libc::SYS_getpid)), None);
     }
 }
+
+#[test]
+fn a_wall_on_a_ground_that_was_made_before_is_as_any_other() {
+    if needs_root() {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let to_come = Ground::begin().unwrap();
+    let given = dir.path().join("given");
+    std::fs::write(&given, "given").unwrap();
+    let wall = Wall { files: vec![file(&given, false)], scratch: true, ..Wall::default() };
+    let ground = to_come.wait().unwrap();
+    let script =
+        format!("cat {}; find / -maxdepth 3 -not -path '/proc/*' | sort; sort /proc/self/mounts", given.display());
+    let run = || Command::new("/bin/sh").args(["-c", &script]).output();
+    let output = apart::without(|| wall.enter(Some(&ground)).and_then(|()| run())).unwrap();
+    let on_it = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    assert!(on_it.starts_with("given") && on_it.contains("/usr/bin"), "{on_it}");
+    assert_eq!(on_it, sh(&wall, &script));
+}
