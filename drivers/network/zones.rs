@@ -150,7 +150,7 @@ pub(super) async fn hear(
             done = now;
         }
         let Some(followed) = followed.upgrade() else { return };
-        lock(&followed).networks.values().for_each(|one| one.told.send_replace(()));
+        lock(&followed).networks.values().for_each(|one| _ = one.told.send_replace(None));
     }
     tracing::warn!("firewalld is heard no more: no bridge is put into its zones again");
 }
