@@ -101,8 +101,14 @@ impl World {
     ) -> World {
         let (notary, departed) = (Arc::new(Notary::default()), CancellationToken::new());
         let paths = Paths { state: folder.join("state"), runtime: folder.join("run"), log: folder.join("log") };
-        let settings =
-            Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2, ..Limits::default() } };
+        let limits = Limits {
+            domains_per_user: 3,
+            jobs_per_user: 2,
+            volumes_per_user: 3,
+            storage_per_user: Some(4 << 20),
+            ..Limits::default()
+        };
+        let settings = Settings { paths, limits };
         let secrets = Vault::new(folder.join("state/secrets"), folder.join("secrets"));
         let host = Host { secrets, storage: storage(), networks };
         let (service, events) =
