@@ -1,7 +1,7 @@
 //! How much of storage each user may have: nobody gets more, whatever is done at the same time, and nothing is left of what is
 //! refused.
 
-use crate::world::World;
+use crate::world::{World, xml};
 use std::io::Seek;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -11,7 +11,9 @@ use virt_model::driver::GivenFile;
 use virt_model::driver::storage::Part;
 use virt_service::authz::{Action, Caller};
 use virt_service::error::Error;
-use virt_service::{AddVolume, CloneVolume, CreateVolume, NewCapacity, Pool, Quota, StartPool, Volume};
+use virt_service::{
+    AddVolume, CloneVolume, CreateVolume, Domain, NewCapacity, Pool, Quota, ResizeOptions, StartPool, Volume,
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -203,4 +205,63 @@ async fn who_asks_for_somebody_else_needs_permission() {
         "{asked:?}"
     );
     assert_eq!(asked.len(), 2);
+}
+
+/// A guest with that volume as its disk. The driver keeps in mind what it is told, and leaves the file alone.
+async fn guest_on(world: &World, volume: &str) -> Arc<Domain> {
+    let disk = format!(
+        "<devices><disk type='volume'><source pool='images' volume='{volume}'/><target dev='vda' bus='virtio'/></disk></devices>"
+    );
+    let domain = world.service.define(&world.alice(), &xml("web", &disk), false).await.unwrap();
+    world.start(&domain).await.unwrap();
+    domain
+}
+
+async fn resize_disk(domain: &Arc<Domain>, caller: &Caller, bytes: u64, shrink: bool) -> Result<(), Error> {
+    let how = ResizeOptions { shrink, ..ResizeOptions::default() };
+    domain.block_resize(caller, "vda", bytes, how).await?.done().await
+}
+
+#[tokio::test]
+async fn a_volume_that_a_guest_resizes_has_the_same_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    let (world, pool) = world(folder.path()).await;
+    let (alice, root) = (world.alice(), Caller { uid: 0, ..world.alice() });
+    add(&pool, &alice, "a", 1).await.unwrap();
+    let domain = guest_on(&world, "a").await;
+    refused(resize_disk(&domain, &alice, 5 * MIB, true).await, "cannot resize volume 'a': user 1000");
+    resize_disk(&domain, &root, 5 * MIB, true).await.unwrap();
+    resize_disk(&domain, &alice, 2 * MIB, true).await.unwrap();
+    assert_eq!(has(&world, 1000).await, (1, 1), "nothing stays taken");
+}
+
+#[tokio::test]
+async fn a_volume_of_a_guest_is_resized_through_that_guest() {
+    let folder = tempfile::tempdir().unwrap();
+    let (world, pool) = world(folder.path()).await;
+    let alice = world.alice();
+    add(&pool, &alice, "a", 1).await.unwrap();
+    let domain = guest_on(&world, "a").await;
+    resize_disk(&domain, &alice, MIB, true).await.unwrap();
+    let volume = || pool.find_volume("a").unwrap();
+    resize(volume(), &alice, 3).await.unwrap();
+    let less = resize_disk(&domain, &alice, 2 * MIB, false).await.unwrap_err().to_string();
+    assert!(less.contains("3145728 bytes"), "the guest knows: {less}");
+    refused(resize(volume(), &alice, 5).await, "cannot resize volume 'a': user 1000");
+    for (to, why) in [
+        (NewCapacity { capacity: MIB / 2, shrink: true, allocate: false, cancel_on_disconnect: false }, "would lose"),
+        (NewCapacity { capacity: 4 * MIB, shrink: false, allocate: true, cancel_on_disconnect: false }, "allocate"),
+    ] {
+        match volume().resize(&alice, to).await.unwrap().done().await.unwrap_err() {
+            Error::OperationInvalid(text) => {
+                assert!(text.contains("domain 'web' (disk 'vda') runs on it") && text.contains(why), "{text}")
+            }
+            error => panic!("{error}"),
+        }
+    }
+    assert_eq!(std::fs::metadata(folder.path().join("images/a")).unwrap().len(), MIB, "nobody but the guest did it");
+    // Without the guest it is done here.
+    domain.destroy(&alice, Default::default()).await.unwrap();
+    resize(volume(), &alice, 2).await.unwrap();
+    assert_eq!(std::fs::metadata(folder.path().join("images/a")).unwrap().len(), 2 * MIB);
 }
