@@ -136,7 +136,10 @@ async fn a_volume_is_read_and_written_by_nbd() {
     refused(open(&client, &base, true).await, "InUse", "'base'");
     drop(open(&client, &base, false).await.expect("served"));
     is_free(&client, &base).await;
-    std::fs::write(folder.join("bad"), b"QFI\xfb\0\0\0\x03 and no more").expect("written");
+    // It comes whole, so that nobody takes it for another format.
+    let bad = daemon.folder().join("bad");
+    std::fs::write(&bad, b"QFI\xfb\0\0\0\x03 and no more").expect("written");
+    std::fs::rename(&bad, folder.join("bad")).expect("renamed");
     let mut watch = client.watch().await;
     let bad = base.replace("/base", "/bad");
     while !client.ask(&bad, "org.freedesktop.DBus.Properties.Get", &(VOLUME, "Format")).await {
