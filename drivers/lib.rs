@@ -26,6 +26,8 @@ use virt_model::secret::SecretName;
 pub struct DriverConfig {
     /// For what can be found out again, e.g. `/var/cache/virt`.
     pub cache_dir: PathBuf,
+    /// For what ends with virtd, e.g. `/run/virt`.
+    pub runtime_dir: PathBuf,
     /// For what must outlive a reboot of the host, e.g. `/var/lib/virt`.
     pub state_dir: PathBuf,
     /// Who keeps the values of secrets; the administrator may keep some in files, e.g. in `/etc/virt/secrets`.
@@ -55,6 +57,7 @@ impl DriverConfig {
     pub fn below(dir: &std::path::Path, system: bool) -> Self {
         DriverConfig {
             cache_dir: dir.join("cache"),
+            runtime_dir: dir.join("run"),
             state_dir: dir.join("state"),
             secrets: secret::Vault::new(dir.join("state/secrets"), dir.join("secrets")),
             tls_dir: dir.join("tls"),
@@ -85,6 +88,6 @@ pub fn with_storage(config: DriverConfig) -> (Vec<Arc<dyn Driver>>, Arc<dyn Stor
         value.map(|value| value.bytes().to_vec())
     });
     let wary = config.system && nix::unistd::geteuid().is_root();
-    let storage = storage::HostStorage::new(qemu.tool_rights(), secrets, wary);
+    let storage = storage::HostStorage::new(qemu.tool_rights(), secrets, &config.runtime_dir, wary);
     (vec![Arc::new(qemu), Arc::new(test::TestDriver::default())], Arc::new(storage))
 }

@@ -222,6 +222,7 @@ fn raise_descriptors() -> Result<(), String> {
 fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders, own_network: Option<OwnNetwork>) -> DriverConfig {
     DriverConfig {
         cache_dir: folders.cache.clone(),
+        runtime_dir: folders.runtime.clone(),
         state_dir: folders.state.clone(),
         secrets: virt_drivers::secret::Vault::new(folders.state.join("secrets"), folders.config.join("secrets")),
         tls_dir: folders.config.join("tls"),

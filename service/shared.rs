@@ -13,6 +13,7 @@ use crate::images::Images;
 use crate::job::Jobs;
 use crate::plugs::Plugs;
 use crate::scrape::SCRAPES;
+use crate::storage::CONNECTIONS;
 use crate::store::{Store, on_disk};
 use crate::stored::{Readings, StoredDef};
 use crate::subscribe::{SUBSCRIPTIONS, Subscriptions};
@@ -113,6 +114,8 @@ pub(crate) struct Shared {
     /// Subscriptions to statistics, and how many there may be.
     pub subscriptions: Subscriptions,
     pub subscription_places: Arc<FairPlaces<u32>>,
+    /// Connections to volumes that are served.
+    pub connection_places: Arc<FairPlaces<u32>>,
     pub readings: Readings,
     /// Counts how often what a machine that wants devices of the host is made of has changed, or whether it runs.
     pub configurations: watch::Sender<u64>,
@@ -155,6 +158,7 @@ impl Shared {
             scrapes: FairPlaces::new(SCRAPES.0, SCRAPES.1),
             subscriptions: Subscriptions::default(),
             subscription_places: FairPlaces::new(SUBSCRIPTIONS.0, SUBSCRIPTIONS.1),
+            connection_places: FairPlaces::new(CONNECTIONS.0, CONNECTIONS.1),
             readings: Readings::default(),
             configurations: watch::Sender::default(),
             unsettled: watch::Sender::default(),

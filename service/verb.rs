@@ -341,6 +341,7 @@ verbs! {
         VOLUME_WIPE = "Wipe", Some(VolumeWrite), Running, "volume-wipe";
         VOLUME_UPLOAD = "Upload", Some(VolumeWrite), Running, "volume-upload";
         VOLUME_DOWNLOAD = "Download", Some(VolumeContent), Running, "volume-download";
+        OPEN_NBD = "OpenNBD", Some(VolumeContent), Running, "serve";
         VOLUME_XML = "GetXML", Some(StorageRead), Always, "get XML of";
         VOLUME_CAN = "Can", None, Always, "can";
     }

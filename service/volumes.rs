@@ -18,7 +18,8 @@ use virt_model::xml::Finding;
 /// How long a machine that starts waits for networks and pools that do.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-type Answer<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>>;
+/// What is answered later.
+pub(crate) type Answer<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>>;
 
 /// Whoever keeps volumes.
 pub(crate) trait VolumeKeeper: Send + Sync {
@@ -36,6 +37,10 @@ pub(crate) trait VolumeKeeper: Send + Sync {
 
     /// Starts a pool that is inactive, for a caller who may.
     fn start(&self, caller: Caller, pool: String) -> Answer<'_>;
+
+    /// Does `work`, which gives a file a capacity of so many bytes, as `by` has asked: if it is a volume's, what that is more is
+    /// taken before of what its owner may have, and it is looked at afterwards. Errors: `LimitsExceeded`, or that of the work.
+    fn resizes<'a>(&'a self, file: PathBuf, by: u32, capacity: u64, work: Answer<'a>) -> Answer<'a>;
 
     /// Waits, for a while, until it is known whether a pool that is starting starts.
     fn settles(&self, pool: String) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
@@ -118,6 +123,14 @@ impl Volumes {
     pub fn stand_on(&self, moved: &[(PathBuf, Option<PathBuf>)]) -> Result<()> {
         let Some(keeper) = self.0.get() else { return Ok(()) };
         moved.iter().try_for_each(|(file, base)| keeper.stands_on(file, base.as_deref()))
+    }
+
+    /// See [`VolumeKeeper::resizes`].
+    pub async fn resizes<'a>(&'a self, file: PathBuf, by: u32, capacity: u64, work: Answer<'a>) -> Result<()> {
+        match self.0.get() {
+            Some(keeper) => keeper.resizes(file, by, capacity, work).await,
+            None => work.await,
+        }
     }
 
     /// The path of an image that is known by its name, or as it is.

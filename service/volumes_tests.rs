@@ -35,6 +35,10 @@ impl VolumeKeeper for Fake {
         Box::pin(async { Ok(()) })
     }
 
+    fn resizes<'a>(&'a self, _: PathBuf, _: u32, _: u64, work: Answer<'a>) -> Answer<'a> {
+        work
+    }
+
     fn settles(&self, _: String) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         Box::pin(async {})
     }

@@ -335,7 +335,7 @@ impl Images {
             // What it has written by then is thrown away.
             finish(&mut command, &self.stop, false)
         });
-        let done = done.map_err(not_run)?;
+        let done = done.map_err(|e| not_run("qemu-img", NOT_INSTALLED, e))?;
         if done.status.success() {
             return Ok(());
         }
@@ -359,21 +359,13 @@ impl Images {
         let names: Vec<String> = rest.iter().map(|name| name.to_string_lossy().into_owned()).collect();
         command.args(fixed.into_iter().map(Into::into)).args(rest);
         command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        tame(&mut command, self.lender.user().map(Into::into), BOUNDS);
         self.stop.check()?;
         let writes = deed != LOOK;
-        let done = match self.lender.user() {
-            Some(_) => self.wall().within(|| finish(&mut command, &self.stop, writes)),
-            None if wall::obstacle().is_some() => apart::without(|| finish(&mut command, &self.stop, writes)),
-            None => {
-                let walled = wall_in(&mut command, Wall { maker: Maker::Own, no_processes: true, ..self.wall() });
-                walled.and_then(|why| {
-                    let done = apart::without(|| finish(&mut command, &self.stop, writes));
-                    done.map_err(|e| why.told().unwrap_or(e))
-                })
-            }
-        };
-        let done = done.map_err(not_run)?;
+        let done = self.confine(&mut command).and_then(|behind| {
+            let done = apart::without(|| behind.enter().and_then(|()| finish(&mut command, &self.stop, writes)));
+            done.map_err(|e| behind.why(e))
+        });
+        let done = done.map_err(|e| not_run("qemu-img", NOT_INSTALLED, e))?;
         if done.status.success() {
             return Ok(done.stdout);
         }
@@ -386,21 +378,62 @@ impl Images {
     }
 }
 
-/// Why the tool could not be run.
-fn not_run(error: io::Error) -> DriverError {
+/// Why the tool could not be run; `missing` is said where there is no such program.
+pub(super) fn not_run(tool: &str, missing: &str, error: io::Error) -> DriverError {
     match error.kind() {
-        io::ErrorKind::NotFound => DriverError::Unsupported(NOT_INSTALLED.to_owned()),
-        _ => DriverError::Storage(format!("qemu-img: {error}")),
+        io::ErrorKind::NotFound => DriverError::Unsupported(missing.to_owned()),
+        _ => DriverError::Storage(format!("{tool}: {error}")),
     }
 }
 
 /// What it said when it failed.
-fn failure(text: String) -> DriverError {
+pub(super) fn failure(text: String) -> DriverError {
     let full = text.contains("No space left") || text.contains("Disk quota exceeded");
     if full { DriverError::NoSpace(text) } else { DriverError::Storage(text) }
 }
 
+/// How a tool comes behind its wall.
+pub(super) enum Behind {
+    /// By the thread that starts it.
+    ByThread(Wall),
+    /// By itself, which says here why it could not.
+    ByItself(Words),
+    /// Nobody here can make one.
+    Nothing,
+}
+
+impl Behind {
+    /// For the thread that starts the tool, one of [`apart::leave`], before it does.
+    pub(super) fn enter(&self) -> io::Result<()> {
+        match self {
+            Behind::ByThread(wall) => wall.enter(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Why the tool was not started.
+    pub(super) fn why(&self, error: io::Error) -> io::Error {
+        match self {
+            Behind::ByItself(words) => words.told().unwrap_or(error),
+            _ => error,
+        }
+    }
+}
+
 impl Images {
+    /// Has a tool that is about to be started run by these rights, within bounds, behind its wall.
+    pub(super) fn confine(&self, command: &mut Command) -> io::Result<Behind> {
+        tame(command, self.lender.user().map(Into::into), BOUNDS);
+        Ok(match self.lender.user() {
+            Some(_) => Behind::ByThread(self.wall()),
+            None if wall::obstacle().is_some() => Behind::Nothing,
+            None => {
+                let wall = Wall { maker: Maker::Own, no_processes: true, ..self.wall() };
+                Behind::ByItself(wall_in(command, wall)?)
+            }
+        })
+    }
+
     /// Behind which the tool runs: it finds what is lent now.
     fn wall(&self) -> Wall {
         let lent = self.lent.lock().unwrap_or_else(PoisonError::into_inner);
@@ -448,6 +481,11 @@ fn wants(images: &[(PathBuf, bool)]) -> Vec<Want> {
 
 /// Names an image and all it stands on, from the topmost down to the last, without leaving anything to be found in a header.
 pub fn named(chain: &[(PathBuf, String)]) -> OsString {
+    format!("json:{}", node(chain)).into()
+}
+
+/// The same as QEMU's options of a node.
+pub(super) fn node(chain: &[(PathBuf, String)]) -> Value {
     let mut below = Value::Null;
     for (path, format) in chain.iter().rev() {
         let is_device = Found::resolve(path).is_ok_and(|found| found.kind() == FileType::BlockDevice);
@@ -458,11 +496,11 @@ pub fn named(chain: &[(PathBuf, String)]) -> OsString {
         }
         below = node;
     }
-    format!("json:{below}").into()
+    below
 }
 
 /// What a child says in our memory before it runs its program.
-struct Words(File);
+pub(super) struct Words(File);
 
 impl Words {
     /// What it said, if it failed.

@@ -15,10 +15,12 @@ pub mod given;
 mod handle;
 pub mod image;
 pub mod lender;
+pub mod listen;
 pub(crate) mod lock;
 pub mod look;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod macvtap;
+pub mod nbd;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /proc")]
 pub mod neighbours;
 pub mod out;

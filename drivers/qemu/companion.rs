@@ -11,6 +11,7 @@ use super::make;
 use super::plan::{Companion, Link, Loss, Role};
 use super::takeover::take_over;
 use crate::host::files::Seen;
+use crate::host::listen::listen;
 use crate::host::process::{End, Identity, Process};
 use crate::host::user::RunAs;
 use futures_util::future::{join_all, select_all};
@@ -162,7 +163,7 @@ impl Companion {
                     qemus.push((*theirs, other.into()));
                 }
                 Link::Listening { its, path } => {
-                    let listening = make::listen(path, qemus_user).map_err(|e| (path.clone(), e))?;
+                    let listening = listen(path, qemus_user).map_err(|e| (path.clone(), e))?;
                     own.push((*its, listening));
                 }
             }

@@ -29,6 +29,7 @@ use super::wall;
 use crate::host::access::{LentFile, Want};
 use crate::host::files::Program;
 use crate::host::lender::Lender;
+use crate::host::listen::listen;
 use crate::host::macvtap::Macvtap;
 use crate::host::process::Process;
 use crate::host::secret;
@@ -291,7 +292,7 @@ impl Start {
         }
         let (log, output) = Log::begin(&self.log_file, &self.headline()).map_err(|e| storage(&self.log_file, &e))?;
         let monitor = self.leavings().monitor();
-        let listener = make::listen(&monitor, None).map_err(|e| storage(&monitor, &e))?;
+        let listener = listen(&monitor, None).map_err(|e| storage(&monitor, &e))?;
         let mut prepared = Prepared {
             log,
             output: Arc::new(output),

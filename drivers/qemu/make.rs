@@ -13,7 +13,7 @@ use crate::host::workers::Stop;
 use rustix::fs::{FileType, fstat};
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::fchown;
 use std::path::Path;
 use virt_model::driver::DriverError;
@@ -87,22 +87,6 @@ pub fn empty_folder(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
         _ => {}
     }
     folder(path, user)
-}
-
-/// A listening socket that only `user` (we, if `None`) can connect to, from its first moment: it is made with their rights
-/// and belongs to them, wherever its path leads by then.
-pub fn listen(path: &Path, user: Option<&RunAs>) -> io::Result<OwnedFd> {
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    // The name gets the permissions that the socket has.
-    rustix::fs::fchmod(&socket, rustix::fs::Mode::from_raw_mode(0o600))?;
-    let address = SocketAddrUnix::new(path)?;
-    match user {
-        None => bind(&socket, &address)?,
-        Some(user) => user.reach(|| bind(socket.as_fd(), &address))??,
-    }
-    listen(&socket, 1)?;
-    Ok(socket)
 }
 
 /// Makes the firmware's variables from their template, where they are not there or are to be made anew; not if it is told to
@@ -243,6 +227,7 @@ fn gone(path: &Path, removed: io::Result<()>) -> Result<(), DriverError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::listen::listen;
 
     #[test]
     fn a_raw_template_becomes_a_store_in_qcow2() {

@@ -6,6 +6,7 @@
 //!                                  ─ watch.rs    what changes, whoever changes it
 //!                                  ─ draft.rs    a file that gets its name when all of it is on disk
 //!                                  ─ fill.rs     what it holds
+//!                                  ─ serve.rs    read, or written, by NBD
 //! ```
 //!
 //! Each folder is far away: all of it is done in errands with a limit, and a folder that does not answer costs itself alone.
@@ -14,6 +15,7 @@ mod draft;
 mod fill;
 mod folder;
 mod look;
+mod serve;
 pub mod table;
 #[cfg(test)]
 mod tests;
@@ -21,8 +23,9 @@ mod watch;
 
 use crate::host::files::{Seen, What};
 use crate::host::given::Most;
-use crate::host::image::Images;
+use crate::host::image::{Images, LentFromAfar};
 use crate::host::lender::Lender;
+use crate::host::nbd::Export;
 use crate::host::resolve::Place;
 use crate::host::workers::{Errand, Stop, Workers};
 use crate::host::{given, lock};
@@ -38,8 +41,8 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use virt_model::driver::storage::{
-    Content, KnownFormats, NewSize, NewVolume, OpenPool, Part, PoolAbility, PoolChange, Reflink, Room, Storage, Survey,
-    VolumeAt, VolumeLook, Wiping, Work,
+    Content, KnownFormats, NewSize, NewVolume, OpenPool, Part, PoolAbility, PoolChange, Reflink, Room, Served, Storage,
+    Survey, VolumeAt, VolumeLook, Wiping, Work,
 };
 use virt_model::driver::{DriverError, GivenFile};
 use virt_model::storage::pool::{PoolDef, PoolKind};
@@ -65,6 +68,8 @@ pub struct HostStorage {
     workers: Workers,
     rights: ToolRights,
     secrets: Secrets,
+    /// A folder of ours.
+    runtime: PathBuf,
     /// We act for others: who could have put a link somewhere counts.
     wary: bool,
     held: Held,
@@ -89,12 +94,14 @@ pub struct FolderPool {
     workers: Workers,
     rights: ToolRights,
     secrets: Secrets,
+    runtime: PathBuf,
 }
 
 impl HostStorage {
-    /// Whose tools run by those rights; `wary`: for others than us.
-    pub fn new(rights: ToolRights, secrets: Secrets, wary: bool) -> HostStorage {
-        HostStorage { workers: Workers::default(), rights, secrets, wary, held: Held::default() }
+    /// Whose tools run by those rights; `runtime`: a folder of ours, for what ends with us; `wary`: for others than us.
+    pub fn new(rights: ToolRights, secrets: Secrets, runtime: &Path, wary: bool) -> HostStorage {
+        let (workers, held, runtime) = (Workers::default(), Held::default(), runtime.to_owned());
+        HostStorage { workers, rights, secrets, runtime, wary, held }
     }
 
     fn errand(def: &PoolDef, work: &dyn Work) -> Errand {
@@ -164,7 +171,8 @@ impl Storage for HostStorage {
         };
         let folder = self.workers.run(errand, open).await?;
         let (workers, rights, secrets) = (self.workers.clone(), self.rights.clone(), self.secrets.clone());
-        Ok(Arc::new(FolderPool { pool, path: shown, folder, workers, rights, secrets }))
+        let runtime = self.runtime.clone();
+        Ok(Arc::new(FolderPool { pool, path: shown, folder, workers, rights, secrets, runtime }))
     }
 }
 
@@ -276,6 +284,12 @@ impl FolderPool {
     /// One that moves bytes; it stands in the way of no other of this pool.
     fn long(&self, what: &str, bytes: u64, work: &dyn Work) -> Errand {
         Errand { guest: Uuid::new_v4(), ..self.errand(what).of(bytes).until(work.cancelled()) }
+    }
+
+    /// Its image and all that it stands on, each with its format.
+    fn chain(&self, volume: &VolumeAt) -> Vec<(PathBuf, String)> {
+        let own = (self.path.join(&volume.name), volume.format.clone());
+        [own].into_iter().chain(volume.below.iter().cloned()).collect()
     }
 
     /// Does something to a volume, in an errand: the file is that one still.
@@ -489,8 +503,7 @@ impl OpenPool for FolderPool {
                 "an encrypted volume is resized by the guest that it is a disk of".to_owned(),
             ));
         }
-        let (path, rights, pool) = (self.path.join(&volume.name), self.rights.clone(), self.pool);
-        let chain: Vec<_> = [(path, volume.format.clone())].into_iter().chain(volume.below.iter().cloned()).collect();
+        let (chain, rights, pool) = (self.chain(volume), self.rights.clone(), self.pool);
         let (folder, volume) = (self.folder.clone(), volume.clone());
         let run = move |stop: &Arc<Stop>| {
             let _until_the_end = work;
@@ -592,6 +605,22 @@ impl OpenPool for FolderPool {
     async fn hold(&self, volume: &VolumeAt) -> Result<GivenFile, DriverError> {
         let file = self.with(self.errand(&volume.name), "read", volume, |file, _| file.to_hold()).await?;
         Ok(GivenFile::new(file, |file| crate::host::apart::close(file, || {})))
+    }
+
+    async fn serve(&self, volume: &VolumeAt, writable: bool) -> Result<Served, DriverError> {
+        let chain: Vec<_> = self.chain(volume);
+        let (folder, at, rights, pool) = (self.folder.clone(), volume.clone(), self.rights.clone(), self.pool);
+        let lends = move |stop: &Arc<Stop>| {
+            let path = &chain[0].0;
+            judged(folder.beneath(&at.name).map_err(|e| failed("serve", path, &e))?, &at, path)?;
+            let images = FolderPool::images(&rights, pool, stop)?;
+            let wants: Vec<_> =
+                chain.iter().enumerate().map(|(depth, (path, _))| (path.clone(), writable && depth == 0)).collect();
+            let lent = images.lend(&wants)?;
+            Ok((Export { images, chain, writable }, LentFromAfar::from(lent)))
+        };
+        let (export, lent) = self.workers.run(self.errand(&volume.name), lends).await?;
+        serve::begin(export, lent, self.runtime.join("nbd.sock")).await
     }
 
     async fn is_open_elsewhere(&self, name: &str, written: bool) -> Result<bool, DriverError> {

@@ -59,7 +59,12 @@ fn definition(path: &Path) -> PoolDef {
 }
 
 fn storage() -> HostStorage {
-    HostStorage::new(Arc::new(|| Ok(Lender::Ours)), passphrases(), false)
+    storage_in(Path::new("/nowhere"))
+}
+
+/// The same with a folder for what ends with us.
+fn storage_in(runtime: &Path) -> HostStorage {
+    HostStorage::new(Arc::new(|| Ok(Lender::Ours)), passphrases(), runtime, false)
 }
 
 fn passphrases() -> Secrets {
@@ -644,8 +649,8 @@ async fn the_tool_has_no_rights_of_ours() {
     let ledger = Arc::new(crate::host::access::Ledger::open(state.path()).unwrap());
     let rights: ToolRights = Arc::new(move || Ok(Lender::To(nobody.clone(), ledger.clone())));
     let dir = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o711)).tempdir().unwrap();
-    let pool =
-        HostStorage::new(rights, passphrases(), true).open(&definition(dir.path()), &Steps::default()).await.unwrap();
+    let storage = HostStorage::new(rights, passphrases(), state.path(), true);
+    let pool = storage.open(&definition(dir.path()), &Steps::default()).await.unwrap();
     let room = Room { dir, pool };
     let look = room.pool.create(new("q", "qcow2", 1 << 20, Content::Empty), work()).await.unwrap();
     assert_eq!(look.permissions, (0, 0, 0o600), "it is ours when it is made");
@@ -701,4 +706,39 @@ async fn two_thousand_volumes_are_read_at_once() {
     let survey = room.pool.survey(&KnownFormats::default()).await.unwrap();
     assert_eq!(survey.volumes.len(), 2000);
     assert!(survey.volumes.iter().all(|look| look.broken.is_none() && look.format == "raw"));
+}
+
+/// Whoever is connected and leaves, whether they have said a word or not, has ended it.
+#[tokio::test]
+async fn a_volume_is_served_until_its_client_leaves() {
+    use std::io::Read as _;
+    if !has_tool() {
+        return;
+    }
+    let (dir, run) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let pool = storage_in(run.path()).open(&definition(dir.path()), &Steps::default()).await.unwrap();
+    let room = Room { dir, pool };
+    room.pool.create(new("q", "qcow2", 1 << 20, Content::Empty), work()).await.unwrap();
+    let volume = room.volume("q", "qcow2").await;
+    let served = room.pool.serve(&volume, true).await.unwrap();
+    let mut magic = [0; 8];
+    let mut client = std::os::unix::net::UnixStream::from(served.connection);
+    client.read_exact(&mut magic).unwrap();
+    assert_eq!(&magic, b"NBDMAGIC");
+    assert!(room.pool.is_open_elsewhere("q", false).await.unwrap(), "it may be written");
+    drop(client);
+    served.ended.await;
+    assert!(!room.pool.is_open_elsewhere("q", true).await.unwrap());
+    // Nobody waits for its end any more.
+    let Served { connection, ended } = room.pool.serve(&volume, false).await.unwrap();
+    drop(ended);
+    let mut rest = Vec::new();
+    let read = tokio::task::spawn_blocking(move || fs::File::from(connection).read_to_end(&mut rest).map(|_| rest));
+    assert!(read.await.unwrap().unwrap().starts_with(b"NBDMAGIC"));
+    // What is no such image is told in the server's words, and leaves nothing.
+    fs::write(room.at("bad"), b"QFI\xfb and no more").unwrap();
+    let error = room.pool.serve(&room.volume("bad", "qcow2").await, false).await.map(drop).unwrap_err();
+    assert!(matches!(&error, DriverError::Storage(text) if text.contains("/bad: ")), "{error:?}");
+    room.holds(&["bad", "q"]);
+    assert_eq!(fs::read_dir(run.path()).unwrap().count(), 0);
 }

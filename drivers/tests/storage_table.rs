@@ -24,7 +24,7 @@ test holds it to it. An element in brackets stands for itself and all below it.
 
 /// The types of pool.
 fn types() -> String {
-    let storage = HostStorage::new(Arc::new(|| Ok(Lender::Ours)), Arc::new(|_| Ok(Vec::new())), false);
+    let storage = HostStorage::new(Arc::new(|| Ok(Lender::Ours)), Arc::new(|_| Ok(Vec::new())), Path::new("/"), false);
     let mut page =
         "\n## Types of pool\n\n| type | is started | formats that are made | comes from |\n|---|---|---|---|\n"
             .to_owned();

@@ -60,6 +60,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::VOLUME_WIPE, wipe)
         .method(&verb::VOLUME_UPLOAD, upload)
         .method(&verb::VOLUME_DOWNLOAD, download)
+        .method(&verb::OPEN_NBD, open_nbd)
         .method(&verb::VOLUME_XML, get_xml)
         .method(&verb::VOLUME_CAN, can)
         .offer(INTERFACE, FIELDS, &[])
@@ -178,6 +179,13 @@ async fn download(found: Found, call: Call) -> Outcome {
     };
     let ticket = found.volume.download(call.caller(), file, part, sparse, departs).await?;
     call.reply(&finish(ticket, no_wait).await?)
+}
+
+async fn open_nbd(found: Found, call: Call) -> Outcome {
+    let mut options = call.options()?;
+    let read_only = options.flag_if_given("read-only")?.unwrap_or(true);
+    options.end()?;
+    call.reply(&Fd::from(found.volume.open_nbd(call.caller(), read_only).await?))
 }
 
 async fn get_xml(found: Found, call: Call) -> Outcome {

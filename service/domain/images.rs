@@ -3,12 +3,14 @@
 use super::{Domain, Domains};
 use crate::error::{Error, Result};
 use crate::images::{
-    Begins, ChainKind, DiskImages, FROZEN, Fate, KeptChain, Machines, Overlay, Shown, images_of, overlays_of,
-    show_disk, show_snapshot, written_by,
+    Begins, ChainKind, DiskImages, FROZEN, Fate, GuestDisk, KeptChain, Machines, Overlay, Shown, images_of,
+    overlays_of, show_disk, show_snapshot, written_by,
 };
 use crate::lock::lock;
+use crate::volumes::Answer;
 use std::path::PathBuf;
 use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::device::disk::{DiskDevice, DiskKind};
@@ -32,6 +34,20 @@ impl Machines for Domains {
     fn name_of(&self, machine: Uuid) -> Option<String> {
         self.get(machine).map(|domain| domain.name())
     }
+
+    fn resize_disk<'a>(&'a self, disk: &'a GuestDisk, size: u64, give_up: &'a CancellationToken) -> Answer<'a> {
+        Box::pin(async move {
+            match self.get(disk.machine) {
+                Some(domain) => domain.resize_disk_on(disk, size, give_up).await,
+                None => Err(has_ended(disk)),
+            }
+        })
+    }
+}
+
+/// Of a guest that was to do something with its disk.
+pub(super) fn has_ended(disk: &GuestDisk) -> Error {
+    Error::OperationInvalid(format!("{} has ended meanwhile; try again", disk.whose))
 }
 
 impl Domain {

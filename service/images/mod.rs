@@ -11,13 +11,14 @@ pub(crate) use overlays::{Overlay, declare_in, overlays_of};
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::object::{ObjectKind, ObjectRef, Usage, User};
-use crate::volumes::by_name;
+use crate::volumes::{Answer, by_name};
 use overlays::is_open_ended;
 use seen::{FileNumber, Seen};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::device::disk::DiskDevice;
@@ -153,6 +154,20 @@ pub(crate) trait Machines: Send + Sync {
 
     /// What a machine is called today.
     fn name_of(&self, machine: Uuid) -> Option<String>;
+
+    /// Has a guest see so many bytes of a disk that is on that image, which it writes, once nothing else is done to it.
+    fn resize_disk<'a>(&'a self, disk: &'a GuestDisk, size: u64, give_up: &'a CancellationToken) -> Answer<'a>;
+}
+
+/// A disk of a guest that runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct GuestDisk {
+    /// The machine.
+    pub machine: Uuid,
+    /// Which disk it is, for people: `domain 'web' (disk 'vda')`.
+    pub whose: String,
+    /// The image that the guest writes, as it names it.
+    pub image: PathBuf,
 }
 
 /// See the module.
@@ -383,6 +398,24 @@ impl Images {
             });
         };
         each_once(&self.of_file(every, file, |_| 0).await)
+    }
+
+    /// The disk of a guest that runs and writes a file, by whatever name, as that disk's own image.
+    pub async fn guest_on(self: &Arc<Self>, file: &Path) -> Option<GuestDisk> {
+        let every = |to: Shown<'_>| {
+            self.machines.show_running_chains(&mut |chain| {
+                let files = &chain.files[..chain.kind.fixed().min(chain.files.len())];
+                to(&KeptChain { files, ..*chain });
+            });
+        };
+        let chain = self.of_file(every, file, |_| 0).await.into_iter().next()?;
+        let image = chain.files.into_iter().next()?;
+        Some(GuestDisk { machine: chain.domain, whose: chain.whose, image })
+    }
+
+    /// See [`Machines::resize_disk`].
+    pub async fn resize_through(&self, disk: &GuestDisk, size: u64, give_up: &CancellationToken) -> Result<()> {
+        self.machines.resize_disk(disk, size, give_up).await
     }
 
     /// First these are shown, then those of machines that have them: in between they become such.
@@ -629,6 +662,10 @@ mod tests {
 
         fn name_of(&self, _: Uuid) -> Option<String> {
             None
+        }
+
+        fn resize_disk<'a>(&'a self, _: &'a GuestDisk, _: u64, _: &'a CancellationToken) -> Answer<'a> {
+            Box::pin(async { Ok(()) })
         }
     }
 

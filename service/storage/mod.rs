@@ -17,6 +17,7 @@ mod notes;
 mod plugged;
 mod pool;
 mod quota;
+mod serve;
 mod set;
 mod users;
 mod volume;
@@ -26,6 +27,7 @@ pub use create::{AddVolume, CloneVolume, CreateVolume};
 pub(crate) use manage::load;
 pub use pool::StartPool;
 pub use quota::Quota;
+pub(crate) use serve::CONNECTIONS;
 pub(crate) use set::Pools;
 pub use users::StorageCheck;
 pub use volume::{NewCapacity, Volume};
@@ -127,8 +129,19 @@ struct Row {
     look: VolumeLook,
     /// How many jobs are at it.
     jobs: usize,
+    /// To how many clients it is served that read it.
+    readers: usize,
+    /// The same of those that may write it.
+    writers: usize,
     /// As last published.
     facts: Option<Arc<VolumeFacts>>,
+}
+
+impl Row {
+    /// Whether it is needed where it is by what virtd does.
+    fn is_busy(&self) -> bool {
+        self.jobs + self.readers + self.writers > 0
+    }
 }
 
 /// What XML has no word for.
@@ -351,7 +364,7 @@ impl State {
         match self.volumes.get_mut(&*look.name) {
             Some(row) => row.look = look,
             None => {
-                let row = Row { look, jobs: 0, facts: None };
+                let row = Row { look, jobs: 0, readers: 0, writers: 0, facts: None };
                 self.volumes.insert((*row.look.name).into(), row);
             }
         }

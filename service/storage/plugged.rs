@@ -5,7 +5,7 @@ use super::{Phase, Pool, Pools, StartPool};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::lock::lock;
-use crate::volumes::{self, VolumeImage, VolumeKeeper};
+use crate::volumes::{self, Answer, VolumeImage, VolumeKeeper};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -80,7 +80,7 @@ impl VolumeKeeper for Keeper {
         })
     }
 
-    fn start(&self, caller: Caller, pool: String) -> Pin<Box<dyn Future<Output = Result<()>> + Send + '_>> {
+    fn start(&self, caller: Caller, pool: String) -> Answer<'_> {
         Box::pin(async move {
             let pool = self.pool(&pool)?;
             pool.comes_up().await;
@@ -93,6 +93,16 @@ impl VolumeKeeper for Keeper {
                 Err(Error::OperationInvalid(_)) if lock(&pool.state).phase == Phase::Running => Ok(()),
                 started => started,
             }
+        })
+    }
+
+    fn resizes<'a>(&'a self, file: PathBuf, by: u32, capacity: u64, work: Answer<'a>) -> Answer<'a> {
+        let Some(volume) = self.0.upgrade().and_then(|pools| pools.volume_of_file(&file)) else { return work };
+        Box::pin(async move {
+            let _until_it_is_looked_at = volume.reserve_more("resize", by, capacity)?;
+            let done = work.await;
+            volume.is_looked_at().await;
+            done
         })
     }
 

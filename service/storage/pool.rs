@@ -160,12 +160,13 @@ impl Pool {
         frames::short(self, caller, &verb::POOL_DESTROY, async {
             let (open, busy) = {
                 let state = lock(&self.state);
-                let busy = state.volumes.iter().find(|(_, row)| row.jobs > 0).map(|(name, _)| name.clone());
+                let busy = state.volumes.iter().find(|(_, row)| row.is_busy()).map(|(name, _)| name.clone());
                 (state.open.clone(), busy)
             };
             if let Some(volume) = busy {
                 let text = format!(
-                    "something is done to volume '{volume}' of pool '{}': wait for its job, or cancel it",
+                    "something is done to volume '{volume}' of pool '{}': wait for its job, or cancel it; a client that it is \
+                     served to closes its connection",
                     self.name
                 );
                 return Err(Error::OperationInvalid(text));

@@ -1,7 +1,7 @@
 //! All pools, and what of them is asked over all: which volumes stand on a file, and whose volume is at a path.
 
-use super::Pool;
 use super::quota::Holdings;
+use super::{Pool, Volume};
 use crate::facts::VolumeFacts;
 use crate::images::Chain;
 use crate::lock::lock;
@@ -100,6 +100,15 @@ impl Pools {
     pub fn volume_at(&self, file: &Path) -> Option<(Arc<Pool>, Arc<str>)> {
         let (pool, name) = lock(&self.places).get(file)?.clone();
         Some((self.registry.get(pool)?, name))
+    }
+
+    /// The volume that a file is, by that path or by where its pool's leads.
+    pub fn volume_of_file(&self, file: &Path) -> Option<Volume> {
+        if let Some((pool, name)) = self.volume_at(file) {
+            return pool.volume(&name);
+        }
+        let (folder, name) = (file.parent()?, file.file_name()?.to_str()?);
+        self.registry.all().into_iter().filter(|pool| pool.is_in(folder)).find_map(|pool| pool.volume(name))
     }
 
     /// All of them.

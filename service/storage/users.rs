@@ -1,7 +1,7 @@
 //! Who needs a pool or a volume: machines by their disks and snapshots, volumes that stand on others, and who has an image open and
 //! is none of ours. Nothing in use is taken away.
 
-use super::{Pool, Row, State};
+use super::{Pool, State};
 use crate::error::{Error, Result};
 use crate::facts::VolumeFacts;
 use crate::images::Fate;
@@ -172,7 +172,8 @@ impl Pool {
 
     /// All that is published of a volume.
     pub(super) fn volume_facts(&self, state: &State, name: &Arc<str>) -> Option<VolumeFacts> {
-        let Row { look, jobs, .. } = state.volumes.get(name)?;
+        let row = state.volumes.get(name)?;
+        let look = &row.look;
         let noted = state.noted.get(&look.id);
         let path = state.target().join(&**name);
         let place = look.backing.as_ref().and_then(|backing| backing.place.clone());
@@ -191,12 +192,16 @@ impl Pool {
                 "what it stands on is no volume of an active pool, and is not followed".to_owned(),
             );
         }
+        let mut users = self.users_at(&path);
+        if row.writers > 0 {
+            users.push(User { object: ObjectRef::Foreign, place: String::new(), how: Usage::Foreign });
+        }
         let incomplete = noted.is_some_and(|noted| noted.incomplete);
         if incomplete {
             problem("incomplete", "what was written to it was cut off: write it again, or delete it".to_owned());
         }
         let volume_state = match () {
-            () if *jobs > 0 => "busy",
+            () if row.is_busy() => "busy",
             () if look.broken.is_some() => "broken",
             () if incomplete => "incomplete",
             () => "ready",
@@ -214,7 +219,7 @@ impl Pool {
             encrypted: look.encrypted,
             state: volume_state,
             owner: noted.map_or(look.permissions.0, |noted| noted.owner),
-            users: self.users_at(&path).into(),
+            users: users.into(),
             problems,
         })
     }

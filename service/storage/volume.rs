@@ -6,7 +6,7 @@ use super::{Pool, StorageCheck};
 use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};
 use crate::frames::{self, Changeable};
-use crate::images::{Fate, Taken};
+use crate::images::{Fate, GuestDisk, Taken};
 use crate::job::Ticket;
 use crate::lock::lock;
 use crate::object::{ObjectKind, ObjectRef, Usage, User};
@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use tokio_util::sync::CancellationToken;
 use virt_model::device::source::{Encryption, EncryptionFormat, SecretKind, SecretRef};
-use virt_model::driver::storage::{NewSize, OpenPool, Part, VolumeAt, VolumeLook, Wiping};
+use virt_model::driver::storage::{NewSize, OpenPool, Part, VolumeAt, VolumeLook, Wiping, Work as _};
 use virt_model::driver::{DriverError, GivenFile};
 use virt_model::secret::SecretName;
 use virt_model::storage::volume::{VolumeBacking, VolumeDef, VolumeKind, VolumeTarget};
@@ -274,6 +274,10 @@ impl Volume {
     pub async fn resize(self, caller: &Caller, to: NewCapacity) -> Result<Ticket> {
         let by = caller.uid;
         self.job(caller, &verb::VOLUME_RESIZE, to.cancel_on_disconnect, move |volume, work| async move {
+            if let Some(guest) = volume.shared().images.guest_on(&volume.path()).await {
+                work.has_reserved(volume.reserve_more("resize", by, to.capacity)?);
+                return volume.resize_through(guest, to, work.cancelled()).await;
+            }
             work.holds(volume.alone("resize").await?);
             volume.refuse_to_change("resize").await?;
             work.has_reserved(volume.reserve_more("resize", by, to.capacity)?);
@@ -282,6 +286,24 @@ impl Volume {
             resized.map_err(|e| volume.failed("resize", e))
         })
         .await
+    }
+
+    /// Has the guest that runs on it resize it, which then sees that.
+    async fn resize_through(&self, guest: GuestDisk, to: NewCapacity, give_up: &CancellationToken) -> Result<()> {
+        let (now, name, images) = (self.look()?.capacity, &self.name, &self.shared().images);
+        let refuse = |why: &str| {
+            let text = format!("cannot resize volume '{name}': {} runs on it, and {why}", guest.whose);
+            Err(Error::OperationInvalid(text))
+        };
+        if to.capacity < now {
+            return refuse("would lose what is behind; shut it down first");
+        }
+        if to.allocate {
+            return refuse(
+                "blocks are taken for it only while nobody writes it; leave out allocate, or shut it down first",
+            );
+        }
+        images.resize_through(&guest, to.capacity, give_up).await
     }
 
     /// Overwrites all that it holds.
@@ -355,7 +377,7 @@ impl Volume {
 
     /// Has it alone until the result is dropped: nobody else works on its file, and no machine begins to write it. Who has it
     /// already is asked for afterwards.
-    async fn alone(&self, deed: &str) -> Result<Taken> {
+    pub(super) async fn alone(&self, deed: &str) -> Result<Taken> {
         let whose = format!("the work on volume '{}' ({deed}), which is under way,", self.name);
         let taken = self.shared().images.take(&self.path(), whose).await;
         taken.map_err(|by| Error::InUse(format!("cannot {deed} volume '{}': {by} has it", self.name)))
@@ -368,7 +390,7 @@ impl Volume {
     }
 
     /// The same for who has its turn. Others who read it keep it, too.
-    async fn kept(&self, deed: &str) -> Result<Arc<Taken>> {
+    pub(super) async fn kept(&self, deed: &str) -> Result<Arc<Taken>> {
         if let Some(kept) = lock(&self.pool.kept).get(&self.name).and_then(Weak::upgrade) {
             return Ok(kept);
         }
@@ -380,7 +402,7 @@ impl Volume {
     }
 
     /// Refuses to change it while a guest has it, or something stands on it.
-    async fn refuse_to_change(&self, deed: &str) -> Result<()> {
+    pub(super) async fn refuse_to_change(&self, deed: &str) -> Result<()> {
         let counts = |user: &User| user.how != Usage::Config;
         self.pool.refuse_in_use(deed, &self.name, Fate::Written, counts).await
     }
@@ -487,9 +509,11 @@ impl Volume {
         Needing(self.clone())
     }
 
-    /// Looks at it anew.
-    async fn looked_at(&self) -> Result<()> {
-        self.pool.look_at(vec![self.name.to_string()]).await
+    /// Looks at it anew, as far as that can be done.
+    pub(super) async fn is_looked_at(&self) {
+        if let Err(error) = self.pool.look_at(vec![self.name.to_string()]).await {
+            tracing::warn!(uuid = %self.pool.uuid, volume = &*self.name, %error, "a volume cannot be looked at");
+        }
     }
 
     /// Begins a job: permission, the state, the record. While it is done the volume is busy, and then it is looked at.
@@ -547,9 +571,7 @@ impl Volume {
 
     /// A job has done its work. What is done is done, whether it can be looked at or not.
     async fn ends(&self, done: Result<()>) -> Result<()> {
-        if let Err(error) = self.looked_at().await {
-            tracing::warn!(uuid = %self.pool.uuid, volume = &*self.name, %error, "a volume cannot be looked at");
-        }
+        self.is_looked_at().await;
         self.is_busy(false);
         done
     }

@@ -101,6 +101,20 @@ async fn a_guest_runs_on_a_volume() {
     assert!(xml.contains("volume='tick.img'") && xml.contains(&format!("file='{}'", disk.display())), "{xml}");
     assert_eq!(users(&client, &own).await, ["vda live", "vda config"]);
 
+    // It grows through the guest, and is served to nobody meanwhile.
+    let larger = client.property::<u64>(&own, VOLUME, "Capacity").await + (1 << 20);
+    let resize = async |capacity: u64, how| client.call(&own, &format!("{VOLUME}.Resize"), &(capacity, how)).await;
+    resize(larger, options([])).await.expect("resized");
+    assert_eq!(client.property::<u64>(&own, VOLUME, "Capacity").await, larger);
+    let (name, why) = resize(1 << 20, options([("shrink", true.into())])).await.expect_err("it runs");
+    assert!(name.ends_with("OperationInvalid") && why.contains("domain 'tick' (disk 'vda') runs on it"), "{why}");
+    for read_only in [true, false] {
+        let how = (options([("read-only", read_only.into())]),);
+        let (name, why) = client.call(&own, &format!("{VOLUME}.OpenNBD"), &how).await.expect_err("it is written");
+        assert!(name.ends_with("InUse") && why.contains("domain 'tick'"), "{name}: {why}");
+    }
+    tick.goes_on().await;
+
     // Inside it, with memory; gone back to; and the same machine again.
     player.take("inside").await;
     let (counted, _) = tick.counted().expect("it counts");

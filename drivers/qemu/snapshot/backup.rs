@@ -14,6 +14,7 @@ use super::files::stored;
 use super::{Operation, cannot};
 use crate::host::files::{What, open_plain};
 use crate::host::image::Images;
+use crate::host::listen::listen;
 use crate::host::workers::{ClosedAside, blocking};
 use crate::qemu::QemuDriver;
 use crate::qemu::block::{Node, Nodes};
@@ -267,7 +268,7 @@ impl Operation {
         let listening = blocking(move || {
             // One that was left is of no use any more.
             let _ = rustix::fs::unlink(&path);
-            make::listen(&path, None).map_err(|e| stored(&path, &e))
+            listen(&path, None).map_err(|e| stored(&path, &e))
         });
         let listening = ClosedAside::of(listening.await??.into());
         let line = body.line()?;

@@ -14,10 +14,13 @@ mod plan;
 
 pub use plan::{BlockJobOptions, ResizeOptions};
 
+use super::images::has_ended;
 use super::{Creation, Domain};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::fail_point;
+use crate::frames::Changeable as _;
+use crate::images::GuestDisk;
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
 use crate::store::{BlockRecord, on_disk};
@@ -27,8 +30,10 @@ use follow::Followed;
 use plan::Asked;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
 use virt_model::driver::DriverError;
 use virt_model::driver::block_jobs::{BlockJob, BlockJobs, BlockNotes, BlockStage};
+use virt_model::driver::snapshots::Machine;
 use virt_model::xml::{Element, shorten};
 
 /// A block job that has begun and not ended.
@@ -272,16 +277,39 @@ impl Domain {
             if change.has_turn() && self.is_whole() {
                 self.plan_resize(target, size).await?;
             }
-            let target = target.to_owned();
+            let (target, by) = (target.to_owned(), caller.uid);
             let job = change.open(options.cancel_on_disconnect)?;
             Ok(job.run(async move |domain, job| {
-                let machine = domain.plan_resize(&target, size).await?;
-                job.past_return();
-                let resized = domain.block_jobs()?.resize_disk(&machine, &target, size, options.shrink).await;
-                resized.map_err(|e| domain.driver_failed(&format!("resize disk '{target}' of"), e))
+                let (machine, image) = domain.plan_resize(&target, size).await?;
+                let resizes = async {
+                    job.past_return();
+                    domain.resize(&machine, &target, size, options.shrink).await
+                };
+                domain.shared.volumes.resizes(image, by, size, Box::pin(resizes)).await
             }))
         })
         .await
+    }
+
+    /// The same of a disk whose image is a volume, for who resizes that volume while the guest runs. It does not become smaller.
+    pub(super) async fn resize_disk_on(
+        self: &Arc<Self>,
+        disk: &GuestDisk,
+        size: u64,
+        give_up: &CancellationToken,
+    ) -> Result<()> {
+        let _turn = self.take_turn(verb::VOLUME_RESIZE.word, give_up).await?;
+        self.recovers().await?;
+        let live = self.live().ok_or_else(|| has_ended(disk))?;
+        let of_guest = live.devices.disks.iter().find(|one| one.path().is_some_and(|path| *path == *disk.image));
+        let target = &of_guest.ok_or_else(|| has_ended(disk))?.target.dev;
+        let (machine, _) = self.plan_resize(target, size).await?;
+        self.resize(&machine, target, size, false).await
+    }
+
+    async fn resize(&self, machine: &Machine, target: &str, size: u64, shrink: bool) -> Result<()> {
+        let resized = self.block_jobs()?.resize_disk(machine, target, size, shrink).await;
+        resized.map_err(|e| self.driver_failed(&format!("resize disk '{target}' of"), e))
     }
 }
 

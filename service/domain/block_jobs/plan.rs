@@ -102,7 +102,8 @@ impl Domain {
         }
     }
 
-    pub(super) async fn plan_resize(&self, target: &str, size: u64) -> Result<Machine> {
+    /// The machine, and the image that gets another size.
+    pub(super) async fn plan_resize(&self, target: &str, size: u64) -> Result<(Machine, PathBuf)> {
         self.block_jobs()?;
         if size == 0 || size > MOST || !size.is_multiple_of(512) {
             let text = format!("a disk of {size} bytes: give a multiple of 512, more than 0 and no more than {MOST}");
@@ -113,8 +114,8 @@ impl Domain {
         self.disks_are_idle(Some(target))?;
         let own = self.can_be_worked_on(disk)?;
         let deed = format!("cannot resize disk '{target}' of domain '{}'", self.name());
-        self.shared.images.refuse_in_use(&deed, &[own], Fate::Written, None, FROZEN).await?;
-        Ok(machine)
+        self.shared.images.refuse_in_use(&deed, std::slice::from_ref(&own), Fate::Written, None, FROZEN).await?;
+        Ok((machine, own))
     }
 
     fn disk_of<'a>(&self, machine: &'a Machine, target: &str) -> Result<&'a Disk> {

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //!  build ─▶ open ─▶ OpenPool: survey, then follow and look ─▶ dropped when the pool is stopped
-//!                     └─ create, copy, resize, wipe, upload, download, delete: each all of it, or nothing
+//!                     ├─ create, copy, resize, wipe, upload, download, delete: each all of it, or nothing
+//!                     └─ serve: until the client leaves
 //! ```
 //!
 //! Of a volume that is made nothing has a name before all of it is on disk: whoever is killed leaves nothing. What is known of a
@@ -16,7 +17,9 @@ use crate::storage::volume::VolumeDef;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -97,11 +100,22 @@ pub trait OpenPool: Send + Sync {
     /// Opens it, for a copy of it to be made.
     async fn hold(&self, volume: &VolumeAt) -> Result<GivenFile, DriverError>;
 
+    /// Serves it by NBD to one client, who has the connection: an export named '', which may be `writable`.
+    async fn serve(&self, volume: &VolumeAt, writable: bool) -> Result<Served, DriverError>;
+
     /// Whether somebody has it open who writes it, and where it is to be `written`, anybody at all: QEMU and its tools say so.
     async fn is_open_elsewhere(&self, name: &str, written: bool) -> Result<bool, DriverError>;
 
     /// Takes back what [`Storage::open`] did to the host.
     async fn close(&self) -> Result<(), DriverError>;
+}
+
+/// A volume that is served to a client.
+pub struct Served {
+    /// The client's end of the connection.
+    pub connection: OwnedFd,
+    /// Comes to its end when the client has closed that, and nobody has the volume open for them any more.
+    pub ended: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
 /// Long work: what it tells while it goes on, and how it is told to stop. What it holds is free when it is dropped: whoever changes a

@@ -9,6 +9,7 @@ mod networks;
 mod nodedev;
 mod pending;
 mod permission;
+mod quotas;
 mod restart;
 mod snapshots;
 mod stats;

@@ -68,9 +68,9 @@ pub struct World {
 }
 
 /// The storage of this host, by our rights.
-fn storage() -> Arc<HostStorage> {
+fn storage(folder: &Path) -> Arc<HostStorage> {
     let (rights, secrets) = (Arc::new(|| Ok(Lender::Ours)), Arc::new(|_: &str| Ok(Vec::new())));
-    Arc::new(HostStorage::new(rights, secrets, false))
+    Arc::new(HostStorage::new(rights, secrets, &folder.join("run"), false))
 }
 
 impl World {
@@ -101,10 +101,16 @@ impl World {
     ) -> World {
         let (notary, departed) = (Arc::new(Notary::default()), CancellationToken::new());
         let paths = Paths { state: folder.join("state"), runtime: folder.join("run"), log: folder.join("log") };
-        let settings =
-            Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2, ..Limits::default() } };
+        let limits = Limits {
+            domains_per_user: 3,
+            jobs_per_user: 2,
+            volumes_per_user: 3,
+            storage_per_user: Some(4 << 20),
+            ..Limits::default()
+        };
+        let settings = Settings { paths, limits };
         let secrets = Vault::new(folder.join("state/secrets"), folder.join("secrets"));
-        let host = Host { secrets, storage: storage(), networks };
+        let host = Host { secrets, storage: storage(folder), networks };
         let (service, events) =
             Service::open(settings, vec![served], host, notary.clone(), Arc::new(Lobby(departed.clone())))
                 .await
