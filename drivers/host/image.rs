@@ -406,7 +406,7 @@ impl Behind {
     /// For the thread that starts the tool, one of [`apart::leave`], before it does.
     pub(super) fn enter(&self) -> io::Result<()> {
         match self {
-            Behind::ByThread(wall) => wall.enter(),
+            Behind::ByThread(wall) => wall.enter(None),
             _ => Ok(()),
         }
     }
