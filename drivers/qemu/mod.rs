@@ -50,6 +50,7 @@ mod snapshot;
 mod stats;
 #[allow(clippy::disallowed_methods, reason = "goes through a folder by its descriptor, and our own state")]
 mod takeover;
+mod taking;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod tap;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
@@ -592,7 +593,7 @@ impl Driver for QemuDriver {
         def: &mut DomainDef,
         device: Attachment<'_>,
     ) -> Result<(), DriverError> {
-        self.plug(our_body(guest)?, def, device).await
+        self.plug(our_body(guest)?, def, device, Path::new(SYSFS)).await
     }
 
     async fn detach_device(&self, guest: &dyn Instance, device: Detachment<'_>) -> Result<(), DriverError> {
