@@ -8,7 +8,7 @@ use crate::host::pci::Pci;
 use crate::host::vf::{Function, Terms};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
@@ -82,6 +82,31 @@ pub fn undo(changes: &[Change], sysfs: &Path, uuid: Uuid) {
     }
 }
 
+/// What one device of a guest's has of the host's.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostPart {
+    /// The device's name in the guest's definition.
+    pub alias: String,
+    /// What the guest has to itself for it, in words; another of its devices may have it, too.
+    pub claims: Vec<String>,
+    /// What is changed on the host for it, in this order.
+    pub changes: Vec<Change>,
+    /// Device files that its QEMU is lent for it.
+    pub files: Vec<PathBuf>,
+}
+
+impl HostPart {
+    /// All that is claimed for these.
+    pub fn claims_of<'a>(parts: impl IntoIterator<Item = &'a HostPart>) -> Vec<String> {
+        parts.into_iter().flat_map(|part| part.claims.clone()).collect()
+    }
+
+    /// All that is changed for these, in order.
+    pub fn changes_of<'a>(parts: impl IntoIterator<Item = &'a HostPart>) -> Vec<Change> {
+        parts.into_iter().flat_map(|part| part.changes.clone()).collect()
+    }
+}
+
 /// Devices of the host that one guest has to itself.
 #[derive(Clone, Debug, Default)]
 pub struct Claims(Arc<Mutex<BTreeMap<String, Holder>>>);
@@ -125,7 +150,12 @@ impl Claims {
 
     /// Gives up all that a guest has.
     pub fn release(&self, uuid: Uuid) {
-        self.lock().retain(|_, holder| holder.uuid != uuid);
+        self.release_except(uuid, &[]);
+    }
+
+    /// Gives up all that a guest has, but `kept`.
+    pub fn release_except(&self, uuid: Uuid, kept: &[String]) {
+        self.lock().retain(|device, holder| holder.uuid != uuid || kept.contains(device));
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Holder>> {
@@ -158,7 +188,11 @@ mod tests {
         claims.take(one, "web", &group).unwrap();
         let why = claims.take(two, "db", &["USB device 001:004".to_owned(), group[0].clone()]).unwrap_err();
         assert_eq!(why.to_string(), "IOMMU group 7 is in use by domain 'web'");
-        claims.take(one, "web", &["USB device 001:004".to_owned()]).unwrap();
+        let stick = ["USB device 001:004".to_owned()];
+        claims.take(one, "web", &stick).unwrap();
+        claims.release_except(one, &group);
+        claims.take(two, "db", &stick).unwrap();
+        claims.take(two, "db", &group).unwrap_err();
         claims.release(one);
         claims.take(two, "db", &group).unwrap();
     }

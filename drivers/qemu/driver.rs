@@ -307,7 +307,7 @@ impl Driver for QemuDriver {
         def: &mut DomainDef,
         device: Attachment<'_>,
     ) -> Result<(), DriverError> {
-        self.plug(our_body(guest)?, def, device).await
+        self.plug(our_body(guest)?, def, device, Path::new(SYSFS)).await
     }
 
     async fn detach_device(&self, guest: &dyn Instance, device: Detachment<'_>) -> Result<(), DriverError> {

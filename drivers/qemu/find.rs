@@ -74,7 +74,7 @@ impl Search {
         let living =
             living.map_err(|e| DriverError::Internal(format!("cannot look for the guest's processes: {e}")))?;
         let (qemu, companions) = living;
-        let Some(fd) = qemu else { return self.gone(&companions, record.changes).await };
+        let Some(fd) = qemu else { return self.gone(&companions, record.all_changes()).await };
         let process = Process::new(fd);
         let process = process.map_err(|e| DriverError::Internal(format!("cannot watch QEMU: {e}")))?;
         self.adopt(record, process, companions).await
@@ -96,6 +96,7 @@ impl Search {
             log_start: 0,
             process: Some(process),
             companions: Vec::new(),
+            host_parts: Vec::new(),
             changes: Vec::new(),
             claims: Vec::new(),
             rebooting: false,
@@ -133,7 +134,7 @@ impl Search {
         process: Process,
         companions: Vec<Living>,
     ) -> Result<Option<Reconnected>, DriverError> {
-        if let Err(error) = self.leavings.claims.take(record.uuid, &self.found.live.name, &record.claims) {
+        if let Err(error) = self.leavings.claims.take(record.uuid, &self.found.live.name, &record.all_claims()) {
             tracing::error!(uuid = %record.uuid, %error, "two guests have the same device of the host's");
         }
         let mut guest = Guest::found(self.found.last);
@@ -151,7 +152,7 @@ impl Search {
         };
         let contact = tokio::select! {
             contact = caller.call(CONTACT) => contact,
-            _ = process.ended() => return self.gone(&companions, record.changes).await,
+            _ = process.ended() => return self.gone(&companions, record.all_changes()).await,
         };
         let rebooting = record.rebooting;
         let loaded = (record.phase == Phase::Loaded)

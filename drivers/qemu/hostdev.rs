@@ -2,7 +2,7 @@
 //!
 //! What is here depends on the host at this moment, other than `check`, which knows only what it can.
 
-use super::changes::{Change, Claims};
+use super::changes::{Change, Claims, HostPart};
 use super::plan::{Expected, HostFile, Tap};
 use crate::host::files::Program;
 use crate::host::macvtap::{self, Macvtap};
@@ -24,20 +24,15 @@ use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::xml::{Finding, Place};
 
+/// Where the kernel has a file for each IOMMU group that is handed over, and one for all.
+pub const VFIO_NODES: &str = "/dev/vfio";
 /// How long the host may take to settle down after a device has changed its driver.
 const SETTLED: Duration = Duration::from_secs(10);
 
-/// What must be done for a guest with devices of the host's.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Plan {
-    /// What is changed first.
-    pub changes: Vec<Change>,
-    /// What its QEMU must be able to open.
-    pub files: Vec<HostFile>,
-}
-
 /// A PCI device that a definition names.
 struct Wanted {
+    /// The name of the guest's device, where it has one.
+    alias: String,
     address: String,
     managed: bool,
     /// What it is held to, as a virtual function of a network card.
@@ -49,13 +44,15 @@ struct Wanted {
 fn pci_devices(def: &DomainDef) -> Vec<Wanted> {
     let wanted = |device: &Hostdev| {
         let managed = device.managed == Some(true);
-        Some(Wanted { address: device.pci()?.to_string(), managed, terms: None, place: device.at.clone() })
+        let alias = device.info.alias().unwrap_or_default().to_owned();
+        Some(Wanted { alias, address: device.pci()?.to_string(), managed, terms: None, place: device.at.clone() })
     };
     let card = |card: &Interface| {
         let managed = card.managed == Some(true);
         let vlan = card.vlan.as_ref().and_then(|vlan| vlan.tags.first()).map_or(0, |tag| tag.id);
         let terms = Some(Terms { mac: card.mac()?.to_string(), vlan });
-        Some(Wanted { address: card.host_card()?.to_string(), managed, terms, place: card.at.clone() })
+        let alias = card.info.alias().unwrap_or_default().to_owned();
+        Some(Wanted { alias, address: card.host_card()?.to_string(), managed, terms, place: card.at.clone() })
     };
     let cards = def.devices.interfaces.iter().filter_map(card);
     def.devices.hostdevs.iter().filter_map(wanted).chain(cards).collect()
@@ -156,42 +153,50 @@ pub fn takes_nothing(def: &DomainDef, taps: &[Tap]) -> bool {
     !named && taps.iter().all(|tap| tap.plan.direct.is_none())
 }
 
-/// What a start of `def` does before its QEMU runs; or why it cannot. Blocks.
-pub fn plan(def: &DomainDef, sysfs: &Path) -> Result<Plan, DriverError> {
+/// What each of its devices needs to have for itself alone; its USB devices have been found. Blocks.
+pub fn parts(def: &DomainDef, sysfs: &Path) -> Vec<HostPart> {
+    let pci = Pci::below(sysfs);
+    let on_pci = pci_devices(def).into_iter().map(|device| HostPart {
+        alias: device.alias,
+        claims: pci.group(&device.address).map(|group| Claims::group(&group)).into_iter().collect(),
+        ..HostPart::default()
+    });
+    let on_usb = def.devices.hostdevs.iter().filter_map(|device| {
+        let (bus, number) = device.usb()?;
+        Some(HostPart {
+            alias: device.info.alias().unwrap_or_default().to_owned(),
+            claims: vec![format!("the USB device at bus {bus}, device {number}")],
+            files: vec![usb::node(bus, number)],
+            ..HostPart::default()
+        })
+    });
+    on_pci.chain(on_usb).collect()
+}
+
+/// Says in `parts` what is changed on the host for them, and which files QEMU needs for that; or why it cannot be. Blocks.
+pub fn plan(def: &DomainDef, sysfs: &Path, parts: &mut [HostPart]) -> Result<(), DriverError> {
     let pci = Pci::below(sysfs);
     let log = on_pci(def, &pci);
     if !log.is_empty() {
         return Err(DriverError::Config(log));
     }
-    let mut plan = Plan::default();
-    for device in pci_devices(def) {
+    // They begin with those on PCI, in this order.
+    for (device, part) in pci_devices(def).into_iter().zip(parts) {
         if let Some((terms, (card, number))) = device.terms.zip(pci.function_of(&device.address)) {
             let function = Function { card, number };
             let before = function
                 .terms()
                 .map_err(|e| DriverError::Unsupported(format!("PCI device {}: {e}", device.address)))?;
-            plan.changes.push(Change::Held { function, terms, before });
+            part.changes.push(Change::Held { function, terms, before });
         }
         let driver = pci.driver(&device.address);
         if device.managed && driver.as_deref() != Some(VFIO) {
-            plan.changes.push(Change::Detached { pci: device.address.clone(), driven: driver.is_some() });
+            part.changes.push(Change::Detached { pci: device.address.clone(), driven: driver.is_some() });
         }
         let group = pci.group(&device.address).unwrap_or_default();
-        plan.files.push(node(PathBuf::from("/dev/vfio").join(group)));
+        part.files.extend([Path::new(VFIO_NODES).join(group), Path::new(VFIO_NODES).join("vfio")]);
     }
-    if !plan.files.is_empty() {
-        plan.files.push(node("/dev/vfio/vfio".into()));
-    }
-    Ok(plan)
-}
-
-/// What the guest has to itself, in words; its USB devices have been found. Blocks.
-pub fn claims(def: &DomainDef, sysfs: &Path) -> Vec<String> {
-    let pci = Pci::below(sysfs);
-    let groups = pci_devices(def).into_iter().filter_map(|device| pci.group(&device.address));
-    let usb = def.devices.hostdevs.iter().filter_map(Hostdev::usb);
-    let usb = usb.map(|(bus, device)| format!("the USB device at bus {bus}, device {device}"));
-    groups.map(|group| Claims::group(&group)).chain(usb).collect()
+    Ok(())
 }
 
 /// The network devices on devices of the host's that `taps` ask for, each by its place among them; names that were left open
@@ -296,11 +301,13 @@ mod tests {
         let (dir, _) = host(&[("0000:06:00.0", "7", Some("nouveau")), ("0000:06:00.1", "7", Some("vfio-pci"))]);
         let def = machine(&(card("yes", 0) + &card("no", 1)));
         assert_eq!(findings(&def, dir.path()), []);
-        assert_eq!(claims(&def, dir.path()), ["IOMMU group 7", "IOMMU group 7"]);
-        let plan = plan(&def, dir.path()).unwrap();
-        assert_eq!(plan.changes, [Change::Detached { pci: "0000:06:00.0".into(), driven: true }]);
-        let files: Vec<_> = plan.files.iter().map(|file| file.path.to_str().unwrap()).collect();
-        assert_eq!(files, ["/dev/vfio/7", "/dev/vfio/7", "/dev/vfio/vfio"]);
+        let mut parts = parts(&def, dir.path());
+        assert_eq!(HostPart::claims_of(&parts), ["IOMMU group 7", "IOMMU group 7"]);
+        plan(&def, dir.path(), &mut parts).unwrap();
+        assert_eq!(HostPart::changes_of(&parts), [Change::Detached { pci: "0000:06:00.0".into(), driven: true }]);
+        for part in parts {
+            assert_eq!(part.files, [Path::new("/dev/vfio/7"), Path::new("/dev/vfio/vfio")]);
+        }
         let why = keeps_memory_here(&def).unwrap();
         assert_eq!(why, "part of its state is in the host's PCI device 0000:06:00.0 and 0000:06:00.1");
     }
@@ -309,7 +316,9 @@ mod tests {
     fn a_card_that_cannot_be_had_is_refused_where_it_stands() {
         let (dir, _) = host(&[("0000:06:00.0", "7", Some("nouveau"))]);
         let def = machine(&(card("no", 0) + &card("yes", 3)));
-        let DriverError::Config(refused) = plan(&def, dir.path()).unwrap_err() else { panic!() };
+        let DriverError::Config(refused) = plan(&def, dir.path(), &mut parts(&def, dir.path())).unwrap_err() else {
+            panic!()
+        };
         let found = words(&refused);
         assert!(found.contains("/devices/hostdev[1]: PCI device 0000:06:00.0 is driven by 'nouveau'"), "{found}");
         assert!(found.contains("/devices/hostdev[2]: there is no PCI device 0000:06:00.3"), "{found}");
@@ -334,7 +343,7 @@ mod tests {
         std::os::unix::fs::symlink(&card, function.join("physfn")).unwrap();
         assert_eq!(pci.function_of("0000:06:00.0"), Some(("ens1f0".to_owned(), 3)));
         assert_eq!(findings(&def, dir.path()), []);
-        let why = plan(&def, dir.path()).unwrap_err().to_string();
+        let why = plan(&def, dir.path(), &mut parts(&def, dir.path())).unwrap_err().to_string();
         assert!(why.starts_with("PCI device 0000:06:00.0: ip -json link show dev ens1f0"), "asked: {why}");
         assert!(keeps_memory_here(&def).is_some());
     }
@@ -346,7 +355,9 @@ mod tests {
         let mut def = machine(&stick("mandatory"));
         let started = find_usb(&mut def, dir.path(), false).unwrap().written_into(&def);
         assert_eq!(started.devices.hostdevs[0].usb(), Some((1, 4)));
-        assert_eq!(claims(&started, dir.path()), ["the USB device at bus 1, device 4"]);
+        let parts = parts(&started, dir.path());
+        assert_eq!(HostPart::claims_of(&parts), ["the USB device at bus 1, device 4"]);
+        assert_eq!(parts[0].files, [Path::new("/dev/bus/usb/001/004")]);
         assert_eq!(def.devices.hostdevs[0].usb(), None);
         plug(dir.path(), 5);
         let found = words(&findings(&def, dir.path()));

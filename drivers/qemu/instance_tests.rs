@@ -14,7 +14,7 @@ use std::path::Path;
 use std::process::Stdio;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use virt_model::driver::{Condition, Detachment, DriverEvent, EventStream, Recorder, reports};
+use virt_model::driver::{Attachment, Condition, Detachment, DriverEvent, EventStream, Recorder, reports};
 
 struct Nowhere;
 
@@ -83,6 +83,7 @@ async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Pe
         log_start: 0,
         process: Some(identity.clone()),
         companions: Vec::new(),
+        host_parts: Vec::new(),
         changes: Vec::new(),
         claims: Vec::new(),
         rebooting: false,
@@ -395,4 +396,99 @@ async fn a_controller_that_cannot_be_taken_back_stays_in_what_runs() {
     tokio::join!(plug::leave_what_stays(instance.body(), &before, &mut def), answer(&mut peer, "", there));
     let aliases: Vec<_> = def.devices.infos().into_iter().filter_map(|(info, _)| info.alias()).collect();
     assert_eq!(aliases, ["scsi0"]);
+}
+
+const STICK: &str = "<hostdev type='usb'><source><vendor id='0x0951'/><product id='0x1666'/></source>\
+                     <alias name='hostdev0'/></hostdev>";
+/// What the other end of a monitor is asked, and answers with nothing; events that follow.
+async fn asked(peer: &mut Peer, verb: &str, told: &str) -> Value {
+    let mut line = String::new();
+    peer.read_line(&mut line).await.unwrap();
+    let asked: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(asked["execute"], verb, "{asked}");
+    let id = &asked["id"];
+    peer.get_mut().write_all(format!("{{\"return\": {{}}, \"id\": {id}}}\n{told}").as_bytes()).await.unwrap();
+    asked["arguments"].clone()
+}
+
+/// A host with two sticks on USB.
+fn host() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for (number, product) in [("4", "1666"), ("5", "1667")] {
+        let stick = dir.path().join("bus/usb/devices").join(format!("1-{number}"));
+        std::fs::create_dir_all(&stick).unwrap();
+        for (file, text) in [("busnum", "1"), ("devnum", number), ("idVendor", "0951"), ("idProduct", product)] {
+            std::fs::write(stick.join(file), text).unwrap();
+        }
+    }
+    dir
+}
+
+/// The kernel of few hosts that run tests has USB: here is what virtd itself does, and what it tells QEMU.
+#[tokio::test]
+async fn a_device_of_the_hosts_that_is_plugged_in_is_the_guests_until_it_is_unplugged() {
+    let (instance, mut peer, _reports, _) = guest("exec sleep 1000").await;
+    let (dir, host) = (tempfile::tempdir().unwrap(), host());
+    let driver = QemuDriver::new(&DriverConfig::below(dir.path(), false));
+    let (body, other) = (instance.body(), Uuid::new_v4());
+    let claims = &body.leavings.claims;
+    let [stick, second] = [4, 5].map(|number| [format!("the USB device at bus 1, device {number}")]);
+    let mut before = with_devices("");
+    for (product, alias) in [("0x1666", "hostdev0"), ("0x1667", "hostdev1")] {
+        let device = STICK.replace("0x1666", product).replace("hostdev0", alias);
+        let mut def = before.with_device(virt_model::xml::read(&device, &[]).unwrap()).unwrap();
+        let attachment = Attachment { before: &before, alias, image: None };
+        let plugged = driver.plug(body, &mut def, attachment, host.path());
+        let (plugged, told) = tokio::join!(plugged, asked(&mut peer, "device_add", ""));
+        plugged.unwrap();
+        let node = if alias == "hostdev0" { "/dev/bus/usb/001/004" } else { "/dev/bus/usb/001/005" };
+        assert_eq!(told["hostdevice"], node);
+        assert_eq!(body.keeper.without(alias).unwrap().0.unwrap().files, [Path::new(node)]);
+        before = def;
+    }
+    assert_eq!(before.devices.hostdevs[0].usb(), None, "its place is nobody's to keep");
+    let taken = claims.take(other, "other", &stick).unwrap_err().to_string();
+    assert_eq!(taken, "the USB device at bus 1, device 4 is in use by domain 'd'");
+
+    let gone = "{\"event\": \"DEVICE_DELETED\", \"data\": {\"device\": \"hostdev0\", \"path\": \"/\"}}\n";
+    let device = Detachment { def: &before, alias: "hostdev0", patience: Duration::from_secs(60) };
+    let (done, told) = tokio::join!(driver.unplug(body, device), asked(&mut peer, "device_del", gone));
+    done.unwrap();
+    assert_eq!(told["id"], "hostdev0");
+    assert!(body.keeper.without("hostdev0").unwrap().0.is_none());
+    claims.take(other, "other", &stick).unwrap();
+    claims.take(other, "other", &second).unwrap_err();
+    assert!(body.keeper.without("hostdev1").unwrap().0.is_some(), "the other one stays its");
+}
+
+#[tokio::test]
+async fn what_qemu_does_not_take_of_the_hosts_is_nobodys_again() {
+    let (instance, mut peer, _reports, _) = guest("exec sleep 1000").await;
+    let (dir, host) = (tempfile::tempdir().unwrap(), host());
+    let driver = QemuDriver::new(&DriverConfig::below(dir.path(), false));
+    let (body, other, before) = (instance.body(), Uuid::new_v4(), with_devices(""));
+    let stick = ["the USB device at bus 1, device 4".to_owned()];
+    let attach = async |def: &mut DomainDef| {
+        let attachment = Attachment { before: &before, alias: "hostdev0", image: None };
+        driver.plug(body, def, attachment, host.path()).await
+    };
+    let mut def = with_devices(STICK);
+    let error = "\"error\": {\"class\": \"GenericError\", \"desc\": \"failed to open host usb device\"}";
+    let refuses = async {
+        answer(&mut peer, "", error).await;
+        answer(&mut peer, "", "\"return\": []").await;
+    };
+    let (plugged, ()) = tokio::join!(attach(&mut def), refuses);
+    assert!(plugged.unwrap_err().to_string().contains("failed to open host usb device"));
+    assert!(def.devices.hostdevs.is_empty());
+    assert!(body.keeper.without("hostdev0").unwrap().0.is_none());
+    body.leavings.claims.take(other, "other", &stick).unwrap();
+
+    let refused = attach(&mut with_devices(STICK)).await.unwrap_err().to_string();
+    assert_eq!(refused, "the USB device at bus 1, device 4 is in use by domain 'other'");
+    let absent = attach(&mut with_devices(&STICK.replace("0x1666", "0x1668"))).await.unwrap_err().to_string();
+    assert!(absent.contains("the USB device 0951:1668 is not plugged in"), "{absent}");
+    let optional = STICK.replace("<source>", "<source startupPolicy='optional'>").replace("0x1666", "0x1668");
+    let absent = attach(&mut with_devices(&optional)).await.unwrap_err().to_string();
+    assert!(absent.contains("not plugged into the host"), "{absent}");
 }

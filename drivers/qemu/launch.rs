@@ -5,7 +5,7 @@ use super::agent::{self, Port};
 use super::beside::{self, Side};
 use super::block::Nodes;
 use super::capabilities::BUILD;
-use super::changes::{Change, Claims, SYSFS};
+use super::changes::{Claims, SYSFS};
 use super::companion::{self, Companions, Gifts, Living};
 use super::consoles::Consoles;
 use super::events::Guest;
@@ -24,13 +24,13 @@ use super::room;
 use super::snapshot::open_memory;
 use super::spawn::{Job, spawn_one};
 use super::takeover::take_over;
+use super::taking::Taking;
 use super::tune::{Bounds, Tuning};
 use super::wall;
 use crate::host::access::{LentFile, Want};
 use crate::host::files::Program;
 use crate::host::lender::Lender;
 use crate::host::listen::listen;
-use crate::host::macvtap::Macvtap;
 use crate::host::process::Process;
 use crate::host::secret;
 use crate::host::tap::name_of;
@@ -143,15 +143,6 @@ struct Made {
     log: Option<Log>,
 }
 
-/// What a guest has of the host's to itself.
-#[derive(Default)]
-struct Taken {
-    /// What its QEMU must be able to open.
-    files: Vec<HostFile>,
-    /// Its network devices that do not go with their descriptors, by their place among all.
-    links: BTreeMap<usize, Macvtap>,
-}
-
 /// What `prepare` makes.
 struct Prepared {
     log: Log,
@@ -183,6 +174,7 @@ impl Start {
             log_start: 0,
             process: None,
             companions: Vec::new(),
+            host_parts: Vec::new(),
             changes: Vec::new(),
             claims: Vec::new(),
             rebooting: false,
@@ -216,7 +208,7 @@ impl Start {
             links.push(ends.first().and_then(|(_, end)| name_of(end)).unwrap_or_default());
             prepared.gifts.extend(ends);
         }
-        prepared.lent = self.lend(taken.files).await?;
+        prepared.lent = self.lend(taken.files()).await?;
         self.companions(keeper, &mut prepared, made).await?;
         self.still_wanted()?;
         let process = made.process.insert(self.spawn_qemu(keeper, prepared, ground).await?);
@@ -330,31 +322,16 @@ impl Start {
     }
 
     /// Takes from the host the devices that the guest has to itself, and makes those that outlive it.
-    async fn take_devices(self: &Arc<Self>, keeper: &Arc<Keeper>) -> Result<Taken, DriverError> {
+    async fn take_devices(self: &Arc<Self>, keeper: &Arc<Keeper>) -> Result<Taking, DriverError> {
         if hostdev::takes_nothing(&self.started, &self.command.taps) {
-            return Ok(Taken::default());
+            return Ok(Taking::default());
         }
         let start = self.clone();
-        let take = move || {
-            let mut claims = hostdev::claims(&start.started, Path::new(SYSFS));
-            start.claims.take(start.uuid, &start.name, &claims)?;
-            let links = hostdev::links(&start.command.taps, start.uuid, &start.name, &start.claims)?;
-            claims.extend(links.values().map(hostdev::link_claim));
-            Ok::<_, DriverError>((claims, links, hostdev::plan(&start.started, Path::new(SYSFS))?))
-        };
-        let (claims, links, plan) = blocking(take).await??;
-        let hostdev::Plan { mut changes, files } = plan;
-        changes.extend(links.values().cloned().map(Change::Made));
-        if claims.is_empty() {
-            return Ok(Taken::default());
-        }
-        let planned = changes.clone();
-        keeper.change(|record| (record.changes, record.claims) = (planned, claims)).await?;
-        if !changes.is_empty() {
-            blocking(move || changes.iter().try_for_each(|change| change.make(Path::new(SYSFS)))).await??;
-            hostdev::settle().await;
-        }
-        self.still_wanted().map(|()| Taken { files, links })
+        let claim =
+            move || Taking::claim(&start.started, &start.command.taps, start.uuid, &start.claims, Path::new(SYSFS));
+        let taking = blocking(claim).await??;
+        taking.make(keeper).await?;
+        self.still_wanted().map(|()| taking)
     }
 
     /// Makes the files accessible, `devices` among them. A file system that does not answer cannot keep a start from being cancelled.

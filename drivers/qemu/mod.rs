@@ -52,6 +52,7 @@ mod spawn;
 mod stats;
 #[allow(clippy::disallowed_methods, reason = "goes through a folder by its descriptor, and our own state")]
 mod takeover;
+mod taking;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod tap;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]

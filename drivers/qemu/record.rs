@@ -8,7 +8,7 @@
 //! A guest whose record says neither `loaded` nor `running` was cut off in its start: the next virtd ends it. One that is `loaded` may
 //! have gone on from what was saved of it, which is not used again: the next virtd lets it go on.
 
-use super::changes::Change;
+use super::changes::{Change, HostPart};
 use super::companion::Recorded;
 use super::expanded;
 use crate::host::process::Identity;
@@ -52,11 +52,14 @@ pub struct Record {
     /// What runs beside it, from before `spawned` on.
     #[serde(default)]
     pub companions: Vec<Recorded>,
-    /// What was changed on the host for it, or is just being changed.
+    /// What each of its devices has of the host's, or is just being given.
     #[serde(default)]
+    pub host_parts: Vec<HostPart>,
+    /// What an older virtd has changed on the host for it, which did not say for which device.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub changes: Vec<Change>,
-    /// What of the host it has to itself.
-    #[serde(default)]
+    /// What it has to itself by that virtd.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub claims: Vec<String>,
     /// The next power-off is half of a reboot.
     #[serde(default)]
@@ -67,6 +70,18 @@ pub struct Record {
     /// The CPU that QEMU made of what the definition leaves open, as an element.
     #[serde(default)]
     pub cpu: Option<String>,
+}
+
+impl Record {
+    /// All that was changed on the host for it, in order.
+    pub fn all_changes(&self) -> Vec<Change> {
+        self.changes.iter().cloned().chain(HostPart::changes_of(&self.host_parts)).collect()
+    }
+
+    /// All that it has of the host's to itself.
+    pub fn all_claims(&self) -> Vec<String> {
+        self.claims.iter().cloned().chain(HostPart::claims_of(&self.host_parts)).collect()
+    }
 }
 
 /// The record and its way to disk; writes one at a time, and none any more once it is closed.
@@ -117,10 +132,18 @@ impl Keeper {
         expanded::read(record.as_ref()?.cpu.as_ref()?)
     }
 
+    /// What that device has of the host's, if anything, and the record as it is without that; nothing once it is closed.
+    pub fn without(&self, alias: &str) -> Option<(Option<HostPart>, Record)> {
+        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rest = record.as_ref()?.clone();
+        let at = rest.host_parts.iter().position(|part| part.alias == alias);
+        Some((at.map(|at| rest.host_parts.remove(at)), rest))
+    }
+
     /// The guest has gone: nothing is written from now on. What is to be undone is returned. Blocks while something is being
     /// written.
     pub fn close(&self) -> Vec<Change> {
         let record = self.record.lock().unwrap_or_else(PoisonError::into_inner).take();
-        record.map(|record| record.changes).unwrap_or_default()
+        record.map(|record| record.all_changes()).unwrap_or_default()
     }
 }

@@ -7,6 +7,7 @@ use crate::host::wall::{Maker, Wall, obstacle};
 use rustix::fs::FileType;
 use std::io;
 use std::path::{Path, PathBuf};
+use virt_model::device::ControllerKind;
 use virt_model::domain::DomainDef;
 
 /// Names in arguments that are there for everybody, or for nobody.
@@ -89,6 +90,8 @@ pub fn of_qemu(mason: Mason, def: &DomainDef, command: &Command, lent: &[LentFil
         network: takes_network(def, &args),
         kernel: !def.devices.hostdevs.is_empty()
             || def.devices.interfaces.iter().any(|card| card.host_card().is_some()),
+        // Where a device of the host's may be plugged in while it runs.
+        news_of_devices: def.devices.controllers.iter().any(|bus| bus.kind == ControllerKind::Usb),
         nodes: nodes(def, &command.files, lent),
         uring: uses_uring(&args),
         maker: mason.0,

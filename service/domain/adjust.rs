@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Whoever finds the note with a guest undoes what it names, so that the guest is as its configuration says; where that has been
-//! written, what is to be stored beside follows. Of vCPUs it is looked which there are.
+//! written, what is to be stored beside follows. Of vCPUs, and of a device that is plugged in, it is looked which there are.
 
 use super::config::{Configurations, Update};
 use super::state::Guest;
@@ -236,6 +236,25 @@ impl Domain {
         Box::pin(self.put_followed(verb, live, stored)).await
     }
 
+    /// Puts new configurations in the place of the old ones, in which no guest has to follow; killed in between, the next virtd
+    /// stores what runs already.
+    pub(super) async fn put_both(
+        &self,
+        verb: &'static Verb,
+        before: Option<Arc<DomainDef>>,
+        live: Option<Arc<DomainDef>>,
+        stored: Option<Arc<DomainDef>>,
+    ) -> Result<()> {
+        match (before.zip(live), stored) {
+            (Some((before, after)), Some(stored)) => {
+                let live = LiveChange { before, after: Arc::unwrap_or_clone(after), what: Vec::new() };
+                let stored = (stored.name.clone(), self.to_store(stored).await?);
+                Box::pin(self.put_followed(verb, live, Some(stored))).await
+            }
+            (live, stored) => self.put_configurations(live.map(|(_, after)| after), stored, Update::Whole).await,
+        }
+    }
+
     /// Has the guest follow, and puts the configurations in the place of the old ones.
     async fn put_followed(
         &self,
@@ -303,7 +322,7 @@ impl Domain {
         }
     }
 
-    async fn undo_what_is_noted(&self, guest: &Guest) -> Result<()> {
+    pub(super) async fn undo_what_is_noted(&self, guest: &Guest) -> Result<()> {
         self.store_what_is_noted(guest).await?;
         let Some(Adjusting { after, what, .. }) = guest.status.adjusting() else { return Ok(()) };
         self.nothing_works_on(&what)?;
@@ -330,7 +349,17 @@ impl Domain {
     /// Where the guest has followed and its configuration says so, what is to be stored beside is stored, unless something else is
     /// by now.
     async fn store_what_is_noted(&self, guest: &Guest) -> Result<()> {
-        let Some(Adjusting { stored, followed: true, .. }) = guest.status.adjusting() else { return Ok(()) };
+        let Some(Adjusting { stored, followed, device, .. }) = guest.status.adjusting() else { return Ok(()) };
+        let has_come = match &device {
+            Some(alias) => {
+                let gone = self.driver.is_detached(guest.instance.as_ref(), &guest.live, alias).await;
+                !gone.map_err(|error| self.driver_failed(&format!("look for '{alias}' in"), error))?
+            }
+            None => followed,
+        };
+        if !has_come {
+            return if device.is_some() { note(guest, None).await } else { Ok(()) };
+        }
         let is_stored = lock(&self.state).stored.as_ref().map(|stored| stored.text());
         if let Some(StoredChange { after, .. }) = stored.filter(|noted| is_stored.as_ref() == Some(&noted.before)) {
             let after = DomainDef::parse_leniently_within(&after, Limits::STORED).0;
@@ -349,13 +378,37 @@ impl Domain {
         if followed.is_empty() && (stored.is_none() || !what.is_empty()) {
             return None;
         }
-        let before = lock(&self.state).stored.as_ref().map(|stored| stored.text());
-        let stored = before.zip(stored).map(|(before, after)| StoredChange { before, after: after.text() });
-        Some(Adjusting { after: after.write(Form::LIVE), what: followed, stored, followed: false })
+        let (after, stored) = (after.write(Form::LIVE), stored.and_then(|stored| self.change_of(stored)));
+        Some(Adjusting { after, what: followed, stored, device: None, followed: false })
+    }
+
+    /// What is stored, and what is to be.
+    fn change_of(&self, after: &StoredDef) -> Option<StoredChange> {
+        let before = lock(&self.state).stored.as_ref().map(|stored| stored.text())?;
+        Some(StoredChange { before, after: after.text() })
+    }
+
+    /// Keeps that the guest is about to run with a device more, and what is then to be stored, before it is given that.
+    pub(super) async fn will_be_given(
+        &self,
+        guest: &Guest,
+        (live, alias): (&DomainDef, &str),
+        stored: Option<&StoredDef>,
+    ) -> Result<()> {
+        Box::pin(self.undo_what_is_noted(guest)).await?;
+        let (status, text) = (guest.status.clone(), live.write(Form::LIVE));
+        let noted = stored.and_then(|stored| self.change_of(stored)).map(|stored| Adjusting {
+            after: text.clone(),
+            what: Vec::new(),
+            stored: Some(stored),
+            device: Some(alias.to_owned()),
+            followed: false,
+        });
+        on_disk(move || status.is_given(text, noted)).await
     }
 
     /// The guest is as its configuration says.
-    async fn is_as_kept(&self, guest: &Guest) {
+    pub(super) async fn is_as_kept(&self, guest: &Guest) {
         if let Err(error) = note(guest, None).await {
             tracing::warn!(uuid = %self.uuid, %error, "the next virtd, or the next change, takes what was changed last for cut off");
         }

@@ -249,19 +249,20 @@ impl Domain {
     async fn edit(
         self: &Arc<Self>,
         caller: &Caller,
-        verb: &Verb,
+        verb: &'static Verb,
         affect: Affect,
         change: impl Fn(&mut DomainDef) -> Result<()> + Send + Sync,
     ) -> Result<()> {
         self.short(caller, verb, async {
-            let (live, stored) = self.affected(verb, affect)?;
+            let (live, stored) = self.to_be_adjusted(verb, affect).await?;
+            let before = live.clone();
             let changed = |mut def: Arc<DomainDef>| -> Result<Arc<DomainDef>> {
                 change(Arc::make_mut(&mut def))?;
                 check_text(&def)?;
                 Ok(def)
             };
             let (live, stored) = (live.map(changed).transpose()?, stored.map(changed).transpose()?);
-            self.put_configurations(live, stored, Update::Whole).await
+            self.put_both(verb, before, live, stored).await
         })
         .await
     }

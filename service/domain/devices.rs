@@ -1,7 +1,7 @@
 //! Devices plugged into and out of a machine: what runs, what is stored, or both.
 //!
 //! ```text
-//!  attach: placed and checked ─▶ in the guest's record ─▶ plugged in ─▶ stored ─▶ told
+//!  attach: placed and checked ─▶ in the guest's record, with what is to be stored ─▶ plugged in ─▶ stored ─▶ told
 //!  detach: the guest is asked ─▶ it has let go ─▶ configurations ─▶ told        (else nothing changes until it does)
 //! ```
 //!
@@ -68,7 +68,7 @@ impl Domain {
                 device.take_child("alias").filter(|alias| alias.attr("name").is_some_and(|n| n.starts_with("ua-")));
             named.into_iter().for_each(|alias| device.push(alias));
             given::names_none(&self.name(), &device)?;
-            let (live, stored) = self.affected(&verb::ATTACH_DEVICE, affect)?;
+            let (live, stored) = self.to_be_adjusted(&verb::ATTACH_DEVICE, affect).await?;
             let wanted = live.as_ref().map(|live| with_device(live, &device)).transpose()?;
             let _coming = wanted.as_ref().map(|wanted| self.awaits(wanted));
             let Some((before, wanted)) = live.zip(wanted) else {
@@ -79,28 +79,24 @@ impl Domain {
             let placed = self.place(&before, wanted, &device, image.as_ref()).await?;
             let (alias, _begins) = (placed.alias.clone(), placed.begins.clone());
             fail_point::reached();
-            // What is to be stored is made ready while the record comes to disk.
-            let stored = self.stored_with(stored.as_deref(), &device, Some(&placed));
-            let (kept, stored) = tokio::join!(self.keep_live(&placed.def), stored);
-            kept?;
-            let stored = match stored {
-                Ok(stored) => stored,
-                Err(error) => {
-                    self.is_not_plugged(&alias, self.keep_live(&before).await);
-                    return Err(error);
-                }
+            let stored = match self.stored_with(stored.as_deref(), &device, Some(&placed)).await? {
+                Some(def) => Some((def.name.clone(), self.to_store(def).await?)),
+                None => None,
             };
+            let guest = self.guest()?;
+            self.will_be_given(&guest, (&placed.def, &alias), stored.as_ref().map(|(_, stored)| &**stored)).await?;
             fail_point::reached();
             let live = self.plug(&before, placed, image).await?;
             fail_point::reached();
-            if let Err(error) = self.put_configurations(Some(live.clone()), stored, Update::Whole).await {
+            let mut put = self.put_written(Some(live.clone()), stored, Update::Whole).await;
+            fail_point::reached();
+            if put.is_err() {
                 // The guest has it, whatever cannot be written.
-                self.put_configurations(Some(live), None, Update::Whole).await?;
-                self.tell_device(DeviceEvent::Added { alias });
-                return Err(error);
+                put = self.put_written(Some(live), None, Update::Whole).await.and(put);
             }
+            self.is_as_kept(&guest).await;
             self.tell_device(DeviceEvent::Added { alias: alias.clone() });
-            Ok(alias)
+            put.map(|()| alias)
         })
         .await
     }
@@ -189,6 +185,7 @@ impl Domain {
                 // Whether a hypervisor that does not answer has it is found out when it answers another virtd.
                 if !matches!(error, DriverError::TimedOut(_)) {
                     self.is_not_plugged(&alias, self.keep_what_stays(&guest, before, def).await);
+                    self.is_as_kept(&guest).await;
                 }
                 Err(self.driver_failed(&format!("plug '{alias}' into"), error))
             }

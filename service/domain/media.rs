@@ -1,6 +1,5 @@
 //! What lies in a drive: changed while the guest runs, in what is stored, or both.
 
-use super::config::Update;
 use super::{Affect, Domain, absolute, given};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
@@ -64,7 +63,7 @@ impl Domain {
         how: MediumExchange,
         image: Option<Arc<GivenFile>>,
     ) -> Result<()> {
-        let (live, stored) = self.affected(verb, affect)?;
+        let (live, stored) = self.to_be_adjusted(verb, affect).await?;
         let before = live.clone();
         let name = self.name();
         given::names_none(&name, device)?;
@@ -92,7 +91,8 @@ impl Domain {
             def.devices.disks.iter().any(|disk| Some(&disk.target.dev) == target.as_ref() && disk.is_empty())
         };
         let reason = if live.as_ref().is_some_and(is_empty) { MediumChange::Ejected } else { MediumChange::Changed };
-        let put = self.put_configurations(live.map(Arc::new), stored.map(|(def, _)| Arc::new(def)), Update::Whole);
+        let stored = stored.map(|(def, _)| Arc::new(def));
+        let put = self.put_both(verb, before.clone(), live.map(Arc::new), stored);
         if let Err(error) = put.await {
             self.put_back_medium(before.as_deref(), target.as_deref()).await;
             return Err(error);

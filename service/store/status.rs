@@ -49,6 +49,9 @@ pub(crate) struct Adjusting {
     /// What is to be stored beside.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stored: Option<StoredChange>,
+    /// The device that it is being given: once it has that, all that may be missing is what is to be stored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// The guest has followed, and `live` says so: all that may be missing is what is to be stored.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub followed: bool,
@@ -125,6 +128,11 @@ impl StatusFile {
             status.live = live;
             status.adjusting.iter_mut().for_each(|adjusting| adjusting.followed = true);
         })
+    }
+
+    /// The guest is about to be given a device, with which it runs as `live`; `noted`: what follows then.
+    pub fn is_given(&self, live: String, noted: Option<Adjusting>) -> Result<()> {
+        self.update(|status| (status.live, status.adjusting) = (live, noted))
     }
 
     /// What is being changed on the guest.

@@ -421,11 +421,24 @@ async fn what_is_stored_beside_is_not_lost(machine: &mut Machine) {
         is_found_again(machine).await;
         said = if is_new { period } else { said };
         assert_eq!(stats_period(machine), said, "step {step}");
-        let stored = with([("inactive", true)]);
-        let stored = machine.domain.call("GetXML", &(stored,)).await.expect("told");
-        for xml in [machine.domain.xml().await, stored.body().deserialize().expect("s")] {
-            assert!(xml.contains(&format!("<stats period='{said}'/>")), "step {step}: {xml}");
-        }
+        both_say(machine, &format!("<stats period='{said}'/>")).await;
+    }
+    machine.domain.call("SetTitle", &("none", options([]))).await.expect("the same in both");
+    for (step, title, said) in
+        [(FOLLOWED, "one", "none"), (FOLLOWED + 1, "two", "two"), (FOLLOWED + 2, "three", "three")]
+    {
+        cut_off_at(machine, step, "SetTitle", &(title, options([]))).await;
+        is_found_again(machine).await;
+        both_say(machine, &format!("<title>{said}</title>")).await;
+    }
+}
+
+/// What runs says so, and what is stored.
+async fn both_say(machine: &Machine, said: &str) {
+    let stored = with([("inactive", true)]);
+    let stored = machine.domain.call("GetXML", &(stored,)).await.expect("told");
+    for xml in [machine.domain.xml().await, stored.body().deserialize().expect("s")] {
+        assert!(xml.contains(said), "{said}: {xml}");
     }
 }
 

@@ -310,8 +310,8 @@ async fn whoever_dies_while_a_device_is_plugged_in_or_out_it_is_there_or_it_is_n
         machine.daemon.at_step(step, &kill);
         let plugged = machine.domain.xml().await.contains("stick.img");
         let done = match plugged {
-            false => machine.attach(&disk(&image, "sdb", "usb")).await.is_ok(),
-            true => machine.detach("usb-disk1", 20_000_000).await.is_ok(),
+            false => machine.domain.call("AttachDevice", &(disk(&image, "sdb", "usb"), options([]))).await.is_ok(),
+            true => machine.domain.call("DetachDeviceAlias", &("usb-disk1", options([]))).await.is_ok(),
         };
         assert!(done != machine.daemon.step_came(), "step {step}: it is done, or virtd is dead");
         if done {
@@ -324,11 +324,56 @@ async fn whoever_dies_while_a_device_is_plugged_in_or_out_it_is_there_or_it_is_n
         machine.domain = machine.domain.client.named("killed-plug").await.expect("found");
         machine.domain.is_looked_after().await;
         assert_eq!(machine.domain.xml().await.contains("stick.img"), there, "step {step}");
+        // What is stored beside says the same.
+        let stored = machine.domain.call("GetXML", &(with([("inactive", true)]),)).await.expect("told");
+        assert_eq!(stored.body().deserialize::<String>().expect("s").contains("stick.img"), there, "step {step}");
         assert_eq!((machine.has_open(&image), machine.is_lent(&image)), (there, there), "step {step}");
     }
     assert!(attached && detached, "there are fewer steps than {STEPS}");
     machine.tick.goes_on().await;
     machine.domain.run("Destroy").await.expect("destroyed");
+}
+
+/// Shows the machine's virtd alone a host with a stick on USB. The file that stands for it is `/dev/null`'s device: libusb opens
+/// it, and finds that it is none of its own.
+fn has_a_stick(daemon: &Daemon) {
+    let script = "set -e; mkdir -p /dev/bus/usb; mount -t tmpfs none /sys/bus; mount -t tmpfs none /dev/bus/usb
+        device=/sys/bus/usb/devices/1-4; mkdir -p $device /dev/bus/usb/001; mknod /dev/bus/usb/001/004 c 1 3
+        echo 1 > $device/busnum; echo 4 > $device/devnum; echo fffe > $device/idVendor; echo fffd > $device/idProduct";
+    assert!(daemon.inside("sh").args(["-c", script]).status().expect("a shell").success());
+}
+
+/// What a guest can be given of a real USB device needs one: here QEMU gives up, after all else has been done.
+#[tokio::test]
+async fn a_device_of_the_hosts_that_qemu_does_not_take_is_nobodys_again_whoever_dies() {
+    let Some(mut machine) = Machine::started("killed-stick", "pc").await else { return };
+    has_a_stick(&machine.daemon);
+    let stick = "<hostdev type='usb'><source><vendor id='0xfffe'/><product id='0xfffd'/></source></hostdev>";
+    let before = machine.domain.xml().await;
+    for step in 1..STEPS {
+        let kill = format!("kill -9 {}", machine.daemon.virtd_pid());
+        machine.daemon.at_step(step, &kill);
+        let plugged = machine.attach(stick).await;
+        let came = machine.daemon.step_came();
+        if came {
+            machine.daemon.virtd_died().await;
+            machine.daemon.start_virtd().await;
+            machine.domain = machine.domain.client.named("killed-stick").await.expect("found");
+            machine.domain.is_looked_after().await;
+        } else {
+            refused(plugged, "HypervisorFailed", "failed to open host usb device");
+        }
+        assert_eq!(machine.domain.xml().await, before, "step {step}");
+        let node = Path::new("/proc").join(machine.daemon.virtd_pid().to_string()).join("root/dev/bus/usb/001/004");
+        assert!(node.exists() && !machine.is_lent(&node), "step {step}");
+        if !came {
+            assert!(step > 1);
+            machine.tick.goes_on().await;
+            machine.domain.run("Destroy").await.expect("destroyed");
+            return;
+        }
+    }
+    panic!("there are more steps than {STEPS}");
 }
 
 /// Somebody's image in a home of their own: QEMU's user cannot follow its path.

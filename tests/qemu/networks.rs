@@ -127,6 +127,27 @@ pub async fn leased(domain: &Domain) -> Vec<String> {
     cards.into_iter().flat_map(|card| card.3).map(|(address, prefix)| format!("{address}/{prefix}")).collect()
 }
 
+/// A card that comes is looked at from its first frame on, until it goes.
+async fn a_card_that_comes_is_filtered(daemon: &Daemon, guest: &Domain) {
+    assert_eq!(filters(daemon), 1);
+    let another = "<interface type='network'><mac address='52:54:00:00:00:13'/><source network='home'/><model type='virtio'/>\
+        <filterref filter='no-mac-spoofing'/></interface>";
+    let live = || options([("live", Variant::from(true))]);
+    let alias = guest.call("AttachDevice", &(another, live())).await.expect("plugged in");
+    let alias: String = alias.body().deserialize().expect("s");
+    assert_eq!(filters(daemon), 2);
+    guest.call("DetachDeviceAlias", &(&*alias, live())).await.expect("unplugged");
+    assert_eq!(filters(daemon), 1);
+}
+
+/// The network of these tests, which is active.
+async fn home_network(client: &Client) -> OwnedObjectPath {
+    let defined = client.call("/org/virt", "org.virt.Manager.Network.DefineNetwork", &(HOME, options([]))).await;
+    let path: OwnedObjectPath = defined.expect("defined").body().deserialize().expect("a path");
+    call(client, path.as_str(), "Start", false).await.expect("started");
+    path
+}
+
 #[tokio::test]
 async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
     if !have(&["nft", "dnsmasq", "ip", "python3"]) {
@@ -137,10 +158,8 @@ async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
     let Some(files) = lin_files() else { return };
     let _world = World::new(&daemon);
     let client = Client { connection: daemon.connect().await };
-    let defined = client.call("/org/virt", "org.virt.Manager.Network.DefineNetwork", &(HOME, options([]))).await;
-    let path: OwnedObjectPath = defined.expect("defined").body().deserialize().expect("a path");
+    let path = home_network(&client).await;
     let network = path.as_str();
-    call(&client, network, "Start", false).await.expect("started");
     let mut watch = client.watch().await;
     let mut guests = Vec::new();
     for (name, mac, peer) in [("alpha", "52:54:00:00:00:11", "beta.lab"), ("beta", "52:54:00:00:00:12", "alpha.lab")] {
@@ -177,16 +196,7 @@ async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
     let leases = format!("{told:?}");
     assert!(leases.contains(&beta.path) && leases.contains("alpha"), "{leases}");
 
-    // A card that comes is looked at from its first frame on, until it goes.
-    assert_eq!(filters(&daemon), 1);
-    let another = "<interface type='network'><mac address='52:54:00:00:00:13'/><source network='home'/><model type='virtio'/>\
-        <filterref filter='no-mac-spoofing'/></interface>";
-    let live = || options([("live", Variant::from(true))]);
-    let alias = alpha.call("AttachDevice", &(another, live())).await.expect("plugged in");
-    let alias: String = alias.body().deserialize().expect("s");
-    assert_eq!(filters(&daemon), 2);
-    alpha.call("DetachDeviceAlias", &(&*alias, live())).await.expect("unplugged");
-    assert_eq!(filters(&daemon), 1);
+    a_card_that_comes_is_filtered(&daemon, alpha).await;
 
     // virtd is killed: all goes on, and the next one finds it.
     daemon.kill_virtd().await;

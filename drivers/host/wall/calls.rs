@@ -132,10 +132,22 @@ fn rules(wall: &Wall) -> Result<[(Rules, i32); 3], seccompiler::BackendError> {
         };
         forbidden.insert(libc::SYS_clone, NEW.iter().map(flag).collect::<Result<_, _>>()?);
         let families = if wall.network || wall.maker == Maker::Nobody { &NETWORK[..] } else { &LOCAL[..] };
-        let others = families.iter().map(|family| condition(SeccompCmpOp::Ne, u64::from(family.cast_unsigned())));
-        no_family.insert(libc::SYS_socket, vec![SeccompRule::new(others.collect::<Result<_, _>>()?)?]);
+        no_family.insert(libc::SYS_socket, other_sockets(families, wall.news_of_devices)?);
     }
     Ok([(unknown, libc::ENOSYS), (forbidden, libc::EPERM), (no_family, libc::EAFNOSUPPORT)])
+}
+
+/// Sockets that are of none of these families. `news`: those by which the kernel tells of devices are none of them.
+fn other_sockets(families: &[i32], news: bool) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+    let is_not = |family: &i32| condition(SeccompCmpOp::Ne, u64::from(family.cast_unsigned()));
+    let others = families.iter().map(is_not).collect::<Result<Vec<_>, _>>()?;
+    if !news || families.contains(&libc::AF_NETLINK) {
+        return Ok(vec![SeccompRule::new(others)?]);
+    }
+    let telling = u64::from(libc::NETLINK_KOBJECT_UEVENT.cast_unsigned());
+    let of_another = SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, telling)?;
+    let no_netlink = [others.clone(), vec![is_not(&libc::AF_NETLINK)?]].concat();
+    Ok(vec![SeccompRule::new(no_netlink)?, SeccompRule::new([others, vec![of_another]].concat())?])
 }
 
 /// On the first argument.

@@ -49,6 +49,8 @@ pub struct Wall {
     pub network: bool,
     /// All of `/proc`, and `/sys` as it is. Else only what tells of the processes within, and of CPUs and memory.
     pub kernel: bool,
+    /// It hears the kernel tell of devices that come and go, in its own network: libusb insists on that, whatever it opens.
+    pub news_of_devices: bool,
     /// A `/tmp` for what is thrown away.
     pub scratch: bool,
     /// It makes namespaces and mounts for itself, and needs the kernel's calls for that.

@@ -186,3 +186,26 @@ fn a_wall_on_a_ground_that_was_made_before_is_as_any_other() {
     assert!(on_it.starts_with("given") && on_it.contains("/usr/bin"), "{on_it}");
     assert_eq!(on_it, sh(&wall, &script));
 }
+
+/// libusb insists on the kernel's news of devices, whatever it is to open.
+#[test]
+fn of_what_the_kernel_tells_by_netlink_only_news_of_devices_are_heard() {
+    if needs_root() {
+        return;
+    }
+    let makes = |news_of_devices, of: i32| {
+        let wall = Wall { news_of_devices, ..Wall::default() };
+        // SAFETY: it takes no memory.
+        let made = wall.within(|| unsafe {
+            Ok((libc::socket(libc::AF_NETLINK, libc::SOCK_RAW, of), io::Error::last_os_error().raw_os_error()))
+        });
+        made.map(|(socket, error)| if socket == -1 { error } else { None }).unwrap()
+    };
+    assert_eq!(makes(true, libc::NETLINK_KOBJECT_UEVENT), None);
+    assert_eq!(makes(true, libc::NETLINK_ROUTE), Some(libc::EAFNOSUPPORT));
+    assert_eq!(makes(false, libc::NETLINK_KOBJECT_UEVENT), Some(libc::EAFNOSUPPORT));
+    let wall = Wall { news_of_devices: true, ..Wall::default() };
+    // SAFETY: it takes no memory.
+    let made = wall.within(|| unsafe { Ok(libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0)) }).unwrap();
+    assert_eq!(made, -1);
+}

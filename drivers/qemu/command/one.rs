@@ -7,6 +7,7 @@ use crate::qemu::plan::{Companion, HostFile, SecretContent, Tap};
 use serde_json::{Value, json};
 use virt_model::device::chardev::{ChannelKind, SerialKind};
 use virt_model::device::disk::{DiskBus, DiskDevice};
+use virt_model::device::hostdev::HostdevKind;
 use virt_model::device::input::{InputBus, InputKind};
 use virt_model::device::interface::InterfaceKind;
 use virt_model::device::memory::MemoryModel;
@@ -65,7 +66,6 @@ pub fn keeps_its_place(device: &Device) -> Option<&'static str> {
             _ => Some("disks on this bus cannot be plugged; use bus 'virtio', 'scsi' or 'usb'"),
         },
         Device::Interface(card) => match card.kind {
-            InterfaceKind::Hostdev | InterfaceKind::Direct => Some(OFF),
             InterfaceKind::VhostUser if card.listens() => {
                 Some("QEMU would wait for the switch, and its guest with it: have the switch listen (mode='client')")
             }
@@ -107,7 +107,11 @@ pub fn keeps_its_place(device: &Device) -> Option<&'static str> {
             true => None,
             false => Some("QEMU shares folders by 9p from its start on only; use <driver type='virtiofs'/>"),
         },
-        Device::Memballoon(_) | Device::Hostdev(_) | Device::Shmem(_) | Device::Crypto(_) => Some(OFF),
+        Device::Hostdev(device) => match device.kind {
+            HostdevKind::Pci | HostdevKind::Usb => None,
+            _ => Some(OFF),
+        },
+        Device::Memballoon(_) | Device::Shmem(_) | Device::Crypto(_) => Some(OFF),
         Device::Vsock(_) | Device::Iommu(_) | Device::Panic(_) | Device::Tpm(_) | Device::Hub(_) => Some(OFF),
         Device::Sound(_) | Device::Video(_) | Device::Parallel(_) | Device::Console(_) => Some(BOARD),
     }
@@ -143,6 +147,7 @@ pub fn one_device(def: &DomainDef, caps: &Capabilities, place: &Place<'_>, alias
             let chardev = builder.back_end(&serial.source, super::id(&serial.info), None);
             builder.serial_port(serial, chardev);
         }
+        Device::Hostdev(device) => builder.host_device(device),
         Device::Redirdev(redirection) => builder.redirection(redirection),
         Device::Watchdog(watchdog) => builder.watchdog(watchdog),
         Device::MemoryDevice(memory) => builder.memory_device(memory),

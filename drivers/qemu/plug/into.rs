@@ -1,46 +1,52 @@
 //! A device is plugged in: QEMU is told one thing after the other, and what was done is taken back where one of them fails.
 
 use super::place::{New, controllers_beside};
-use super::{DEVICES, OBJECTS, names_at, refused};
+use super::{DEVICES, OBJECTS, host, names_at, refused};
 use crate::base64;
 use crate::host::access::LentFile;
 use crate::host::tap::name_of;
 use crate::host::workers::ClosedAside;
-use crate::qemu::command::{OneDevice, Step, fd_name};
+use crate::qemu::command::{self, OneDevice, Step, fd_name};
 use crate::qemu::given::{self, GivenImage};
 use crate::qemu::instance::Body;
 use crate::qemu::plan::{Companion, HostFile, SecretContent};
 use crate::qemu::qmp::COMMAND_TIMEOUT;
+use crate::qemu::taking::Taking;
 use crate::qemu::{QemuDriver, declared, live, tap};
 use crate::secret::Vault;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::domain::DomainDef;
 use virt_model::driver::{Attachment, DriverError};
 
+/// What a device that is plugged in is given beforehand.
+struct Ready {
+    /// Of the host's devices.
+    taking: Taking,
+    /// All files.
+    lent: Vec<LentFile>,
+    /// Those that are no devices of the host's.
+    files: Vec<PathBuf>,
+}
+
 impl QemuDriver {
-    /// Plugs in a device, with the controllers that it brings.
+    /// Plugs in a device, with the controllers that it brings. `sysfs`: where the kernel shows the host's devices.
     pub(in crate::qemu) async fn plug(
         &self,
         body: &Arc<Body>,
         def: &mut DomainDef,
         Attachment { before, alias, image }: Attachment<'_>,
+        sysfs: &Path,
     ) -> Result<(), DriverError> {
         let caps = self.learnt_for(def).await;
         declared::hold(&self.0.workers, def).await?;
         let new = New { alias: alias.to_owned(), controllers: controllers_beside(before, def, alias) };
-        let parts = new.parts(def, &caps, &body.leavings.own_dir())?;
-        let files: Vec<HostFile> = parts.iter().flat_map(|part| part.files.clone()).collect();
+        let started = host::found(def, alias, sysfs).await?;
+        let parts = new.parts(&started, &caps, &body.leavings.own_dir())?;
         let beside: Vec<Companion> = parts.iter().flat_map(|part| part.companions.clone()).collect();
-        let lent = self.lend_to(body, def, files.clone()).await?;
-        let wanted_kib = def.memory_kib();
-        if wanted_kib > before.memory_kib()
-            && let Err(error) = self.has_more_memory(body, def).await
-        {
-            self.give_back(body, before, files.into_iter().map(|file| file.path).collect()).await;
-            return Err(error);
-        }
+        let ready = self.make_ready(body, before, (&started, alias), &parts, sysfs).await?;
         let mut done = Vec::new();
         let disk = def.disk_named(alias);
         let given = disk.and_then(GivenImage::of);
@@ -50,7 +56,7 @@ impl QemuDriver {
             if let Some((disk, image)) = disk.zip(image) {
                 given::hand_over(body, disk, image).await?;
             }
-            self.do_steps(body, def, (parts, lent), &mut done).await
+            self.do_steps(body, def, (parts, &ready), &mut done).await
         };
         let link = match plugged.await {
             Ok(link) => link,
@@ -62,13 +68,16 @@ impl QemuDriver {
                 if !matches!(error, DriverError::TimedOut(_)) {
                     self.end_beside(body, &beside).await;
                     leave_what_stays(body, before, def).await;
-                    if wanted_kib > def.memory_kib()
+                    if grows(def, &started)
                         && let Err(error) = self.has_more_memory(body, def).await
                     {
                         tracing::warn!(uuid = %body.uuid, %error, "it may have the memory of a device that it did not get");
                     }
                 }
-                self.give_back(body, def, files.into_iter().map(|file| file.path).collect()).await;
+                match def.device_named(alias) {
+                    Some(_) => self.give_back(body, def, ready.files).await,
+                    None => self.is_not_had(body, def, alias, ready.files).await,
+                }
                 return Err(refused(alias, error));
             }
         };
@@ -83,16 +92,48 @@ impl QemuDriver {
         Ok(())
     }
 
+    /// Takes from the host what a device of `started` needs, lends its files, and lets the guest's processes have what its machine
+    /// has more. On failure nothing of that is so.
+    async fn make_ready(
+        &self,
+        body: &Body,
+        before: &DomainDef,
+        (started, alias): (&DomainDef, &str),
+        parts: &[OneDevice],
+        sysfs: &Path,
+    ) -> Result<Ready, DriverError> {
+        let taps = parts.iter().flat_map(|part| part.taps.clone()).collect();
+        let taking = self.takes(body, (started, alias), taps, sysfs).await?;
+        let of_host = taking.files();
+        let mut files: Vec<HostFile> = parts.iter().flat_map(|part| part.files.clone()).collect();
+        files.retain(|file| !of_host.contains(file));
+        let paths: Vec<PathBuf> = files.iter().map(|file| file.path.clone()).collect();
+        let made = async {
+            let lent = self.lend_to(body, started, [of_host, files].concat()).await?;
+            if grows(before, started) {
+                self.has_more_memory(body, started).await?;
+            }
+            Ok(lent)
+        };
+        match made.await {
+            Ok(lent) => Ok(Ready { taking, lent, files: paths }),
+            Err(error) => {
+                self.is_not_had(body, before, alias, paths).await;
+                Err(error)
+            }
+        }
+    }
+
     /// Does what QEMU is told; what takes it back again is in `done`, on failure too. Gives the name of the network device that was
     /// made for it.
     async fn do_steps(
         &self,
         body: &Arc<Body>,
         def: &DomainDef,
-        (parts, lent): (Vec<OneDevice>, Vec<LentFile>),
+        (parts, ready): (Vec<OneDevice>, &Ready),
         done: &mut Vec<(&'static str, Value)>,
     ) -> Result<Option<String>, DriverError> {
-        let mut link = None;
+        let (mut link, mut cards) = (None, 0..);
         let mut shared = match parts.iter().flat_map(|part| &part.steps).any(Step::is_of_limits) {
             true => names_at(body, OBJECTS).await?,
             false => BTreeSet::new(),
@@ -103,11 +144,12 @@ impl QemuDriver {
             let told = async {
                 let mut gifts = Vec::new();
                 for companion in &companions {
-                    gifts.extend(self.start_beside(body, def, companion, &lent).await?);
+                    gifts.extend(self.start_beside(body, def, companion, &ready.lent).await?);
                 }
                 tap::note_filters(&body.keeper, &taps).await?;
                 for plan in &taps {
-                    let opened = tap::open(plan, None, self.0.own_network.as_ref()).await?;
+                    let made = cards.next().and_then(|card| ready.taking.links.get(&card));
+                    let opened = tap::open(plan, made, self.0.own_network.as_ref()).await?;
                     link = link.take().or_else(|| opened.iter().find_map(|(_, fd)| name_of(fd)));
                     gifts.extend(opened);
                 }
@@ -198,6 +240,11 @@ pub async fn leave_what_stays(body: &Body, before: &DomainDef, def: &mut DomainD
         Ok(rest) => *def = rest,
         Err(_) => def.clone_from(before),
     }
+}
+
+/// Whether a guest's processes need more of the host's memory, or must keep more of it in place, for one machine than for another.
+fn grows(from: &DomainDef, to: &DomainDef) -> bool {
+    to.memory_kib() > from.memory_kib() || command::lock_limit(to) > command::lock_limit(from)
 }
 
 /// Whether that is the object with limits that several disks share, so that it may be there.

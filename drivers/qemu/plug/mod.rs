@@ -1,14 +1,15 @@
 //! Devices of a guest that runs: plugged in with what they stand on, and taken out with it.
 //!
 //! ```text
-//!  attach:  files lent ─▶ objects, nodes, character devices, cables ─▶ controller it sits on ─▶ device
-//!  detach:  device ─▶ DEVICE_DELETED ─▶ the same backwards ─▶ files given back
+//!  attach:  taken from the host ─▶ files lent ─▶ objects, nodes, character devices, cables ─▶ controller it sits on ─▶ device
+//!  detach:  device ─▶ DEVICE_DELETED ─▶ the same backwards ─▶ given back to the host ─▶ files given back
 //! ```
 //!
 //! What QEMU is told is made of the arguments of a start (`command/one.rs`). Who finds a guest asks QEMU which devices it has: what
 //! is not there any more, or has never come to be, is reported as gone, and then taken away with all that it stood on.
 
 mod beside;
+mod host;
 mod into;
 mod lent;
 mod out;

@@ -94,7 +94,7 @@ impl QemuDriver {
             def.without_devices(|_, element| virt_model::domain::one_device::alias_of(element) == Some(alias))
         {
             body.has_agent_of(&rest);
-            self.give_back(body, &rest, part.files.into_iter().map(|file| file.path).collect()).await;
+            self.is_not_had(body, &rest, alias, part.files.into_iter().map(|file| file.path).collect()).await;
         }
     }
 }
