@@ -159,8 +159,7 @@ async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
     let _world = World::new(&daemon);
     let client = Client { connection: daemon.connect().await };
     let path = home_network(&client).await;
-    let network = path.as_str();
-    let mut watch = client.watch().await;
+    let (network, mut watch) = (path.as_str(), client.watch().await);
     let mut guests = Vec::new();
     for (name, mac, peer) in [("alpha", "52:54:00:00:00:11", "beta.lab"), ("beta", "52:54:00:00:00:12", "alpha.lab")] {
         let serial = daemon.folder().join(format!("{name}.serial"));
