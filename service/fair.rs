@@ -49,6 +49,16 @@ impl<K: Eq + Hash + Clone> FairPlaces<K> {
         self.take_some(key, 1).await
     }
 
+    /// A place, if one is to be had at once. Who is not given one does not stand in line for it.
+    pub fn take_now(self: &Arc<Self>, key: &K) -> Option<FairPlace<K>> {
+        let mut state = self.lock();
+        let is_free = state.waiting.is_empty() && state.may_have(key, 1);
+        is_free.then(|| {
+            state.give(key, 1);
+            self.place(key, 1)
+        })
+    }
+
     /// Waits for so many places at once; for all that one may have, if that is less.
     pub async fn take_some(self: &Arc<Self>, key: &K, count: usize) -> FairPlace<K> {
         let (wait, count) = {
@@ -76,7 +86,12 @@ impl<K: Eq + Hash + Clone> FairPlaces<K> {
         loop {
             let next = self.lock().next();
             let Some((key, next)) = next else { return };
-            // Should the next have given up, the place comes back with the value and is dropped, which serves the one after.
+            // Those who have given up are passed here: there may be many of them.
+            if next.place.is_closed() {
+                self.lock().give_back(&key, next.count);
+                continue;
+            }
+            // Should it give up just now, the place comes back with the value and is dropped, which serves the one after.
             drop(next.place.send(self.place(&key, next.count)));
         }
     }
@@ -116,6 +131,8 @@ impl<K: Eq + Hash + Clone> State<K> {
         if line.is_empty() {
             self.order.push_back(key.clone());
         }
+        // Of those who have given up nothing is kept.
+        line.retain(|one| !one.place.is_closed());
         line.push_back(waiting);
     }
 
@@ -177,6 +194,29 @@ mod tests {
         drop(held);
         assert_eq!(places.lock().free, 1);
         assert!(places.lock().taken.is_empty() && places.lock().waiting.is_empty(), "nothing is kept of who has left");
+    }
+
+    #[tokio::test]
+    async fn however_many_have_given_up_nothing_is_kept_of_them_and_the_next_is_served() {
+        let places = FairPlaces::new(1, 1);
+        let held = places.take(&0).await;
+        assert!(places.take_now(&0).is_none() && places.take_now(&1).is_none());
+        assert!(places.lock().waiting.is_empty(), "who takes a place now or never does not wait");
+        for _ in 0..1000 {
+            assert!(now(&mut Box::pin(places.take(&0))).await.is_none());
+        }
+        assert_eq!(places.lock().waiting[&0].len(), 1);
+        // As many users as it takes to fill a stack.
+        for user in 1..50_000 {
+            assert!(now(&mut Box::pin(places.take(&user))).await.is_none());
+        }
+        let mut last = Box::pin(places.take(&0));
+        assert!(now(&mut last).await.is_none());
+        drop(held);
+        drop(now(&mut last).await.expect("it is its turn"));
+        assert_eq!(places.lock().free, 1);
+        assert!(places.lock().taken.is_empty() && places.lock().waiting.is_empty());
+        assert!(places.take_now(&1).is_some());
     }
 
     #[tokio::test]

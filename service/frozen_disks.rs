@@ -22,6 +22,8 @@ impl FrozenDisks {
         let Some(def) = def else { return };
         let mut waiting = lock(&self.0);
         if let Some(waiting) = &mut *waiting {
+            // What it is defined as now counts.
+            waiting.retain(|other| other.uuid != def.uuid);
             return waiting.push(def);
         }
         *waiting = Some(vec![def]);

@@ -9,9 +9,7 @@ use crate::domain::{Domain, Stats, StatsOptions};
 use crate::error::{Error, Result};
 use crate::fair::FairPlace;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
 use uuid::Uuid;
 
 /// Scrapes that are there at once: in all, and of one user.
@@ -42,8 +40,7 @@ impl Service {
     /// Numbers of all machines that `caller` may read; nobody is asked for a password, and no file of the host is looked at: of a
     /// machine that is off its state is told. Error: `LimitsExceeded` if the user has too many that are not handed over.
     pub async fn scrape(&self, caller: &Caller) -> Result<Scrape> {
-        // A free place is had at once.
-        let place = timeout(Duration::ZERO, self.shared.scrapes.take(&caller.uid)).await.map_err(|_| {
+        let place = self.shared.scrapes.take_now(&caller.uid).ok_or_else(|| {
             let text = format!("{} scrapes of yours, or {} of all users, are not read yet", SCRAPES.1, SCRAPES.0);
             Error::LimitsExceeded(format!("{text}: read them first"))
         })?;

@@ -15,7 +15,7 @@ use crate::time::now_usec;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -81,7 +81,7 @@ impl Service {
                 "more than {MOST_NAMED} domains are named; without any it is all"
             )));
         }
-        let place = timeout(Duration::ZERO, self.shared.subscription_places.take(&caller.uid)).await.map_err(|_| {
+        let place = self.shared.subscription_places.take_now(&caller.uid).ok_or_else(|| {
             let (all, own) = SUBSCRIPTIONS;
             Error::LimitsExceeded(format!(
                 "{own} subscriptions of yours, or {all} of all users, are open; close some first"

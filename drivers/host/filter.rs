@@ -165,11 +165,12 @@ fn announcement(mac: Mac) -> String {
 
 /// Takes away what is left of devices that have gone. Blocks.
 pub fn sweep() -> io::Result<()> {
+    // Before the devices: a table that comes after this is left alone, and the device of any other was there before it.
+    let tables: serde_json::Value =
+        serde_json::from_slice(&output_within("nft", &["-j", "list", "tables", "bridge"], &[])?)?;
     let links: serde_json::Value = serde_json::from_slice(&output_within("ip", &["-json", "link", "show"], &[])?)?;
     let there: BTreeSet<u64> =
         links.as_array().into_iter().flatten().filter_map(|link| link["ifindex"].as_u64()).collect();
-    let tables: serde_json::Value =
-        serde_json::from_slice(&output_within("nft", &["-j", "list", "tables", "bridge"], &[])?)?;
     let all = tables["nftables"].as_array().into_iter().flatten();
     let ours = all.filter_map(|object| object["table"]["name"].as_str()?.strip_prefix(PREFIX)?.parse::<u64>().ok());
     for gone in ours.filter(|number| !there.contains(number)) {

@@ -32,7 +32,7 @@ use virt_model::driver::checkpoints::BitmapState;
 /// Seconds of a CPU's time for an image of some megabytes.
 const CONVERSION: u64 = 60;
 /// What the tool may take of the host. A chain that is a loop ends with the files that it may open.
-const BOUNDS: Bounds = Bounds { data: Some(2 << 30), cpu: None, files: Some(1024) };
+pub(super) const BOUNDS: Bounds = Bounds { data: Some(2 << 30), cpu: None, files: Some(1024) };
 /// Of what it says, this many bytes are kept.
 const MOST_SAID: u64 = 16 << 20;
 const NOT_INSTALLED: &str = "qemu-img is not installed (Debian has it in qemu-utils)";
@@ -361,7 +361,7 @@ impl Images {
         command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         self.stop.check()?;
         let writes = deed != LOOK;
-        let done = self.confine(&mut command).and_then(|behind| {
+        let done = self.confine(&mut command, BOUNDS).and_then(|behind| {
             let done = apart::without(|| behind.enter().and_then(|()| finish(&mut command, &self.stop, writes)));
             done.map_err(|e| behind.why(e))
         });
@@ -421,9 +421,9 @@ impl Behind {
 }
 
 impl Images {
-    /// Has a tool that is about to be started run by these rights, within bounds, behind its wall.
-    pub(super) fn confine(&self, command: &mut Command) -> io::Result<Behind> {
-        tame(command, self.lender.user().map(Into::into), BOUNDS);
+    /// Has a tool that is about to be started run by these rights, within these bounds, behind its wall.
+    pub(super) fn confine(&self, command: &mut Command, bounds: Bounds) -> io::Result<Behind> {
+        tame(command, self.lender.user().map(Into::into), bounds);
         Ok(match self.lender.user() {
             Some(_) => Behind::ByThread(self.wall()),
             None if wall::obstacle().is_some() => Behind::Nothing,

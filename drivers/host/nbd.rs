@@ -9,11 +9,12 @@
 //! The server ends with the thread that made it, and so with virtd: nobody need find it again.
 
 use super::apart;
-use super::image::{Images, failure, node, not_run};
+use super::image::{BOUNDS, Images, failure, node, not_run};
 use super::listen::listen;
 use super::process;
+use super::ready::ready_by;
+use super::tool::Bounds;
 use super::workers::PATIENCE;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, recv};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::json;
@@ -25,11 +26,13 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use virt_model::driver::DriverError;
 
 const TOOL: &str = "qemu-storage-daemon";
 const NOT_INSTALLED: &str = "qemu-storage-daemon is not installed (Debian has it in qemu-system-common)";
+/// Its client has it hold the data of many requests at a time.
+const SERVER: Bounds = Bounds { data: Some(1 << 30), ..BOUNDS };
 /// Of what it says, this many bytes are kept.
 const MOST_SAID: u64 = 64 << 10;
 
@@ -58,12 +61,13 @@ impl Export {
     /// write. Errors: it cannot be served. Blocks.
     pub fn serve(&self, place: &Path, stop: &OwnedFd, ready: impl FnOnce(OwnedFd)) -> Result<(), DriverError> {
         let failed = |e: io::Error| not_run(TOOL, NOT_INSTALLED, e);
-        let (listener, connected) = connect(place).map_err(failed)?;
-        let (said, says) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| failed(e.into()))?;
+        let not_made = |e: io::Error| DriverError::Internal(format!("{}: {e}", place.display()));
+        let (listener, connected) = connect(place).map_err(not_made)?;
+        let (said, says) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| not_made(e.into()))?;
         let mut command = Command::new(TOOL);
         command.args(self.arguments()).env("LC_ALL", "C");
         command.stdin(Stdio::from(listener)).stdout(Stdio::null()).stderr(Stdio::from(says));
-        let behind = self.images.confine(&mut command).map_err(failed)?;
+        let behind = self.images.confine(&mut command, SERVER).map_err(failed)?;
         ends_with_its_maker(&mut command);
         let enter = || behind.enter();
         // What it was given is closed here when it runs: nobody else is to have the server's ends.
@@ -125,9 +129,10 @@ fn ends_with_its_maker(command: &mut Command) {
         command.pre_exec(move || {
             // In that order: its writes are flushed.
             let told = libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM as libc::c_ulong, 0, 0, 0);
-            match told == 0 && libc::getppid().cast_unsigned() == maker {
-                true => Ok(()),
-                false => Err(io::Error::last_os_error()),
+            match told {
+                0 if libc::getppid().cast_unsigned() == maker => Ok(()),
+                0 => Err(io::Error::from_raw_os_error(libc::ECHILD)),
+                _ => Err(io::Error::last_os_error()),
             }
         });
     }
@@ -181,18 +186,19 @@ fn follow(
     let server = pidfd_open(pid, PidfdFlags::empty()).map_err(|e| e.to_string())?;
     let server = Server(server);
     let Connected { client, watch } = connected;
-    let speaks = first_of([client.as_fd(), server.0.as_fd(), stop.as_fd()], Some(PATIENCE));
-    match speaks {
+    match first_of([client.as_fd(), server.0.as_fd(), stop.as_fd()], Some(PATIENCE)).map_err(|e| e.to_string())? {
         Some(0) if is_greeted(&client) => {}
         // It has let go of its socket, and says why.
-        Some(0 | 1) => return Err(last_words(&server, said)),
+        Some(0 | 1) => {
+            drop((client, watch));
+            return Err(last_words(server, said));
+        }
         Some(_) => return Err("nobody waits for it any more".to_owned()),
         None => return Err(format!("it does not open the image within {} s", PATIENCE.as_secs())),
     }
     ready(client);
     drop(said);
-    first_of([watch.as_fd(), server.0.as_fd(), stop.as_fd()], None);
-    Ok(())
+    first_of([watch.as_fd(), server.0.as_fd(), stop.as_fd()], None).map(drop).map_err(|e| e.to_string())
 }
 
 /// The server, which is ended when this is dropped: in order, if it can.
@@ -201,7 +207,7 @@ struct Server(OwnedFd);
 impl Drop for Server {
     fn drop(&mut self) {
         let _ = pidfd_send_signal(&self.0, Signal::TERM);
-        first_of([self.0.as_fd()], Some(PATIENCE));
+        let _ = first_of([self.0.as_fd()], Some(PATIENCE));
         process::kill(&self.0);
     }
 }
@@ -210,8 +216,10 @@ fn is_greeted(client: &OwnedFd) -> bool {
     recv(client, &mut [0u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT).is_ok_and(|(_, count)| count > 0)
 }
 
-fn last_words(server: &Server, said: OwnedFd) -> String {
-    first_of([server.0.as_fd()], Some(PATIENCE));
+/// Of a server that has let go of its client: it is ended before all that it has said is read.
+fn last_words(server: Server, said: OwnedFd) -> String {
+    let _ = first_of([server.0.as_fd()], Some(PATIENCE));
+    drop(server);
     let mut words = Vec::new();
     let read = File::from(said).take(MOST_SAID).read_to_end(&mut words);
     match read {
@@ -221,16 +229,7 @@ fn last_words(server: &Server, said: OwnedFd) -> String {
 }
 
 /// Waits until something is to be read of one of these, or its other end has gone: which. `None`: not in that time.
-fn first_of<const N: usize>(those: [BorrowedFd<'_>; N], limit: Option<Duration>) -> Option<usize> {
-    let limit = limit.and_then(|limit| Timespec::try_from(limit).ok());
-    loop {
-        let mut ready = those.map(|one| PollFd::from_borrowed_fd(one, PollFlags::IN));
-        match poll(&mut ready, limit.as_ref()) {
-            Err(rustix::io::Errno::INTR) => {}
-            Ok(0) => return None,
-            // What cannot be waited for is not waited for.
-            Err(_) => return Some(N - 1),
-            Ok(_) => return ready.iter().position(|one| !one.revents().is_empty()),
-        }
-    }
+fn first_of<const N: usize>(those: [BorrowedFd<'_>; N], limit: Option<Duration>) -> io::Result<Option<usize>> {
+    let ready = ready_by(those, limit.map(|limit| Instant::now() + limit))?;
+    Ok(ready.into_iter().position(|is_ready| is_ready))
 }

@@ -7,12 +7,13 @@ use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 /// Waits until there is something to be read from one of these, or it has hung up, or has ended where it is a process. Says of
-/// each whether that is so: of none where it was not until then.
-pub fn ready_by<const N: usize>(of: [BorrowedFd<'_>; N], until: Instant) -> io::Result<[bool; N]> {
-    let mut polled = of.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+/// each whether that is so: of none where it was not until then. `None`: however long that takes.
+pub fn ready_by<const N: usize>(of: [BorrowedFd<'_>; N], until: impl Into<Option<Instant>>) -> io::Result<[bool; N]> {
+    let (mut polled, until) = (of.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)), until.into());
     loop {
-        let left = Timespec::try_from(until.saturating_duration_since(Instant::now()));
-        match poll(&mut polled, left.as_ref().ok()) {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        let left = left.and_then(|left| Timespec::try_from(left).ok());
+        match poll(&mut polled, left.as_ref()) {
             Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
             Ok(_) => return Ok(polled.map(|one| !one.revents().is_empty())),

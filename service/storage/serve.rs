@@ -9,8 +9,6 @@ use crate::images::Taken;
 use crate::verb;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
-use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::storage::{Served, VolumeAt};
 
@@ -34,7 +32,7 @@ impl Volume {
             volume.applies(verb)?;
             let below = volume.below_for(caller).await?;
             let places = &volume.shared().connection_places;
-            let place = timeout(Duration::ZERO, places.take(&caller.uid)).await.map_err(|_| {
+            let place = places.take_now(&caller.uid).ok_or_else(|| {
                 let (all, own) = CONNECTIONS;
                 Error::LimitsExceeded(format!(
                     "{own} connections to volumes of yours, or {all} of all users, are open; close some first"
