@@ -292,7 +292,8 @@ async fn what_stands_in_its_way_is_told(
         problems[0].sentence.contains("nft insert rule ip docker FORWARD iifname \"virbr0\" accept"),
         "{problems:?}"
     );
-    run(&format!("kill -KILL {server}"));
+    let number = nix::unistd::Pid::from_raw(server.parse().unwrap());
+    nix::sys::signal::kill(number, nix::sys::signal::Signal::SIGKILL).unwrap();
     assert_eq!(told(reports).await, Some(NetworkReport::ServerEnded));
     assert_eq!(networks.problems(more).await.unwrap()[0].token, ProblemToken::DhcpDown);
     // Where nobody can list the rules, that is said, with what is known without them.

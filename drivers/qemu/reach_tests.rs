@@ -431,7 +431,10 @@ fn host_files(task: &Value) -> Ways<'_> {
         "/sys/fs",
         "/proc/sys",
     ];
-    let mut ways: Ways = fixed.into_iter().map(|file| way(file, move || readable(file))).collect();
+    // The program is there: folders above it are.
+    let program = std::env::current_exe().unwrap();
+    let others = fixed.into_iter().filter(|file| !program.starts_with(file));
+    let mut ways: Ways = others.map(|file| way(file, move || readable(file))).collect();
     ways.push(way("what everybody may read", move || readable(path(task, "public"))));
     ways
 }
