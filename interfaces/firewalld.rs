@@ -2,6 +2,7 @@
 
 use async_trait::async_trait;
 use futures_util::stream::{Stream, StreamExt as _, select};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -14,11 +15,15 @@ const PATH: &str = "/org/fedoraproject/FirewallD1";
 const ZONES: &str = "org.fedoraproject.FirewallD1.zone";
 
 /// How long firewalld may take to answer: while it begins, or reads its configuration again, it answers nobody.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may take that has not answered what was asked before.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// The way to firewalld, by a connection of its own: what virtd tells its clients does not stand before what is asked here.
 pub struct Firewalld {
     zones: Proxy<'static>,
+    /// What was asked last has not been answered.
+    silent: AtomicBool,
     forgotten: watch::Receiver<u64>,
     _reads: JoinSet<()>,
 }
@@ -43,7 +48,7 @@ impl Firewalld {
         let (count, forgotten) = watch::channel(0);
         let mut reads = JoinSet::new();
         reads.spawn(read(signals, count));
-        Ok(Firewalld { zones, forgotten, _reads: reads })
+        Ok(Firewalld { zones, silent: AtomicBool::new(false), forgotten, _reads: reads })
     }
 
     async fn ask<T>(&self, member: &str, body: &(impl serde::Serialize + zbus::DynamicType)) -> Result<T, Refused>
@@ -51,9 +56,14 @@ impl Firewalld {
         T: for<'d> zbus::wire::DynamicDeserialize<'d>,
     {
         let asked = self.zones.call_with_flags(member, MethodFlags::NO_AUTO_START, body);
-        match tokio::time::timeout(PATIENCE, asked).await {
+        let patience = if self.silent.load(Ordering::Relaxed) { AGAIN } else { PATIENCE };
+        let asked = tokio::time::timeout(patience, asked).await;
+        self.silent.store(asked.is_err(), Ordering::Relaxed);
+        match asked {
             Ok(Ok(Some(answer))) => Ok(answer),
-            Err(_) | Ok(Ok(None)) => Err(Refused::Silent(PATIENCE.as_secs())),
+            Err(_) | Ok(Ok(None)) => Err(Refused::Silent),
+            // The bus has ended the connection, of which whoever hears of firewalld has told: nothing is known of firewalld.
+            Ok(Err(zbus::Error::InputOutput(_))) => Err(Refused::Absent),
             Ok(Err(zbus::Error::FDO(error)))
                 if matches!(*error, fdo::Error::ServiceUnknown(_) | fdo::Error::NameHasNoOwner(_)) =>
             {
@@ -81,6 +91,13 @@ impl Zones for Firewalld {
 
     async fn known(&self) -> Result<Vec<String>, Refused> {
         self.ask("getZones", &()).await
+    }
+
+    async fn answers(&self) {
+        let asked = self.zones.call_with_flags("getZones", MethodFlags::NO_AUTO_START, &());
+        let answer: zbus::Result<Option<Vec<String>>> = asked.await;
+        self.silent.store(false, Ordering::Relaxed);
+        tracing::info!(error = ?answer.err(), "firewalld is silent no more");
     }
 
     fn forgotten(&self) -> watch::Receiver<u64> {

@@ -14,6 +14,8 @@ use virt_model::driver::network::{Problem, ProblemToken};
 pub struct Needs<'a> {
     /// Its bridge.
     pub bridge: &'a str,
+    /// The zone of firewalld's that the bridge is to be in, if any.
+    pub zone: Option<&'a str>,
     /// Packets of guests are passed on.
     pub passing: bool,
     /// Guests ask the host for addresses and names.
@@ -53,7 +55,7 @@ pub fn problems(ruleset: &Value, needs: Needs<'_>) -> Vec<Problem> {
         let missing = ["iifname", "oifname"].into_iter().filter(|key| !lets_pass(ruleset, &chain, any(key)));
         let lines: Vec<String> = missing.map(|key| line(&chain, key, needs.bridge, "")).collect();
         if !lines.is_empty() {
-            let remedy = chain.zone_of(needs.bridge).unwrap_or_else(|| lines.join("; "));
+            let remedy = chain.zone_for(needs).unwrap_or_else(|| lines.join("; "));
             let sentence = format!("{} drops guests' packets; let them pass: {remedy}", named(&chain));
             found.push(Problem { token: ProblemToken::ForwardBlocked, sentence });
         }
@@ -62,7 +64,7 @@ pub fn problems(ruleset: &Value, needs: Needs<'_>) -> Vec<Problem> {
         let asked = |port| Packet { key: "iifname", bridge: needs.bridge, port: Some(port) };
         if !ASKED.into_iter().all(|port| lets_pass(ruleset, &chain, asked(port))) {
             let line = || line(&chain, "iifname", needs.bridge, "meta l4proto { tcp, udp } th dport { 53, 67, 547 } ");
-            let remedy = chain.zone_of(needs.bridge).unwrap_or_else(line);
+            let remedy = chain.zone_for(needs).unwrap_or_else(line);
             let sentence =
                 format!("{} drops guests' questions for addresses and names; let them in: {remedy}", named(&chain));
             found.push(Problem { token: ProblemToken::InputBlocked, sentence });
@@ -73,8 +75,8 @@ pub fn problems(ruleset: &Value, needs: Needs<'_>) -> Vec<Problem> {
 
 impl Chain<'_> {
     /// What lets guests' packets pass a chain of firewalld's, which takes no rule of anybody else: the zone of the bridge decides.
-    fn zone_of(&self, bridge: &str) -> Option<String> {
-        (self.table == "firewalld").then(|| zones::let_pass(bridge))
+    fn zone_for(&self, needs: Needs<'_>) -> Option<String> {
+        (self.table == "firewalld").then(|| zones::let_pass(needs.bridge, needs.zone))
     }
 }
 
@@ -332,7 +334,7 @@ mod tests {
     }
 
     fn found(all: Vec<Value>) -> Vec<(&'static str, String)> {
-        let needs = Needs { bridge: "virbr0", passing: true, serving: true };
+        let needs = Needs { bridge: "virbr0", zone: None, passing: true, serving: true };
         problems(&json!({"nftables": all}), needs).into_iter().map(|one| (one.token.as_str(), one.sentence)).collect()
     }
 
@@ -373,6 +375,22 @@ mod tests {
             "bridges' own frames are others' matter"
         );
     }
+
+    #[test]
+    fn a_zone_of_firewalld_is_to_let_pass_whose_bridge_is_in_it() {
+        let all = json!({"nftables": [chain("inet", "firewalld", "filter_FORWARD", "forward", "drop")]});
+        let told = |zone: Option<&str>| {
+            let needs = Needs { bridge: "virbr0", zone, passing: true, serving: true };
+            problems(&all, needs).into_iter().map(|one| one.sentence).collect::<Vec<_>>().join("\n")
+        };
+        for ours in [None, Some("virt")] {
+            assert!(told(ours).ends_with("firewall-cmd --zone=virt --change-interface=virbr0"), "{}", told(ours));
+        }
+        let other = told(Some("lab"));
+        assert!(other.contains("--zone=lab --set-target=ACCEPT") && other.contains("name no zone"), "{other}");
+        assert!(!other.contains("--change-interface"), "it would be told to be in the wrong zone then: {other}");
+    }
+
     /// Whether packets from the bridge pass a chain whose policy is to drop, with those rules of it and of another.
     fn passes(own: &[Value], other: &[Value]) -> bool {
         let mut all = vec![chain("ip", "filter", "INPUT", "input", "drop")];

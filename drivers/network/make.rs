@@ -13,6 +13,7 @@ use super::own::OwnNetwork;
 use super::rules;
 use super::serve::{self, Files, Rights, Served};
 use super::server;
+use super::zones;
 use crate::host::own_file::replace_json;
 use crate::host::process::boot_id;
 use crate::host::tap::output_within;
@@ -444,7 +445,7 @@ impl Maker {
             return own.problems(self, def);
         }
         let Some(bridge) = def.bridge_name() else { return Ok(Vec::new()) };
-        let card = link::card(bridge).map_err(|error| PartlySeen { found: Vec::new(), why: error.to_string() })?;
+        let card = link::card(bridge).map_err(PartlySeen::nothing)?;
         if card.is_none() {
             let sentence =
                 format!("the bridge '{bridge}' was removed by somebody else: destroy the network and start it again");
@@ -463,10 +464,14 @@ impl Maker {
         let passing = matches!(def.mode(), Mode::Nat | Mode::Route | Mode::Open);
         match rules.listed() {
             Ok(ruleset) => {
-                found.extend(foreign::problems(ruleset, Needs { bridge, passing, serving }));
+                let zone = zones::place(def).map(|(_, zone)| zone);
+                found.extend(foreign::problems(ruleset, Needs { bridge, zone, passing, serving }));
                 Ok(found)
             }
-            Err(error) => Err(PartlySeen { found, why: format!("others' rules cannot be listed: {error}") }),
+            Err(error) => {
+                let seen = vec![ProblemToken::BridgeGone, ProblemToken::DhcpDown];
+                Err(PartlySeen { found, seen, why: format!("others' rules cannot be listed: {error}") })
+            }
         }
     }
 

@@ -36,12 +36,12 @@ use rule_changes::RuleChanges;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 use virt_model::domain::value::Mac;
 use virt_model::driver::network::{
-    Lease, NetworkDriver, NetworkError, NetworkReport, PartlySeen, PluggedCard, Problem,
+    Lease, NetworkDriver, NetworkError, NetworkReport, PartlySeen, PluggedCard, Problem, ProblemToken,
 };
 use virt_model::network::NetworkDef;
 use virt_model::network::address::Net;
@@ -60,6 +60,8 @@ pub struct HostNetworks {
     /// The networks that are there.
     followed: Arc<Mutex<Followed>>,
     zones: Option<Arc<dyn Zones>>,
+    /// The bridges that are there are to be put into their zones, by who hears of zones.
+    zones_due: Arc<Notify>,
     /// Who hears of zones; it ends when this is dropped.
     hears: JoinSet<()>,
 }
@@ -70,6 +72,9 @@ struct Followed {
     networks: HashMap<Uuid, Changes>,
     /// Who hears when others change rules, as long as there are networks; it ends when this is dropped.
     rules: Option<JoinSet<()>>,
+    /// The bridges of those that were found have been put into their zones, as far as firewalld answers. Before, which are in
+    /// theirs says nothing.
+    zones_are_put: bool,
 }
 
 /// Who watches a network is told here that it was changed, or that others' rules were, with those rules for all who are told so. No
@@ -114,14 +119,21 @@ impl HostNetworks {
             None => Namespace::Nowhere,
         };
         let maker = Arc::new(Maker { runtime, leases, teller, namespace, steps_left: None });
-        HostNetworks { maker, turn: Arc::default(), followed: Arc::default(), zones: None, hears: JoinSet::new() }
+        HostNetworks {
+            maker,
+            turn: Arc::default(),
+            followed: Arc::default(),
+            zones: None,
+            zones_due: Arc::default(),
+            hears: JoinSet::new(),
+        }
     }
 
     /// With bridges in zones of the host's firewall. Before any network is started or found.
     pub fn with_zones(mut self, zones: Arc<dyn Zones>) -> HostNetworks {
         if matches!(self.maker.namespace, Namespace::Host) {
-            let (maker, turn) = (self.maker.clone(), self.turn.clone());
-            self.hears.spawn(zones::hear(zones.clone(), maker, turn, Arc::downgrade(&self.followed)));
+            let (maker, turn, due) = (self.maker.clone(), self.turn.clone(), self.zones_due.clone());
+            self.hears.spawn(zones::hear(zones.clone(), maker, turn, Arc::downgrade(&self.followed), due));
             self.zones = Some(zones);
         }
         self
@@ -157,10 +169,13 @@ impl HostNetworks {
         }
     }
 
-    /// Puts the bridges of networks that are there into their zones. For who has the turn.
-    async fn put_into_zones(&self, networks: &[NetworkDef]) {
-        if let Some(zones) = &self.zones {
-            zones::put_all(&**zones, networks).await;
+    /// Puts the bridge of a network that is there into its zone; where firewalld is silent, that is done when it answers. For who has
+    /// the turn.
+    async fn put_into_zone(&self, def: &NetworkDef) {
+        if let Some(zones) = &self.zones
+            && zones::put_all(&**zones, std::slice::from_ref(def)).await
+        {
+            self.zones_due.notify_one();
         }
     }
 
@@ -232,7 +247,7 @@ impl NetworkDriver for HostNetworks {
         let made = def.clone();
         self.does(move |maker| maker.start(&made, owner)).await??;
         self.is_there(def.uuid);
-        self.put_into_zones(std::slice::from_ref(def)).await;
+        self.put_into_zone(def).await;
         Ok(())
     }
 
@@ -241,8 +256,8 @@ impl NetworkDriver for HostNetworks {
         // Before anything of it is taken away: killed here, it is found whole, and put there again.
         let out = self.take_out_of_zone(uuid).await?;
         let stopped = self.does(move |maker| maker.stop(uuid)).await?;
-        if stopped.is_err() {
-            self.put_into_zones(out.as_slice()).await;
+        if let (Err(_), Some(def)) = (&stopped, &out) {
+            self.put_into_zone(def).await;
         }
         stopped?;
         // Of one that is there still, who watches it goes on.
@@ -258,7 +273,8 @@ impl NetworkDriver for HostNetworks {
         let _turn = self.turn.lock().await;
         let found = self.does(Maker::find).await.unwrap_or_default();
         found.iter().for_each(|(def, _)| self.is_there(def.uuid));
-        self.put_into_zones(&found.iter().map(|(def, _)| def.clone()).collect::<Vec<_>>()).await;
+        // Not waited for: virtd has no name before this has returned, and firewalld may answer nobody for minutes.
+        self.zones_due.notify_one();
         found
     }
 
@@ -288,12 +304,10 @@ impl NetworkDriver for HostNetworks {
         let rules = self.followed().networks.get_mut(&def.uuid).map(Changes::ruleset).unwrap_or_default();
         let seen = def.clone();
         let looked = self.does(move |maker| maker.problems(&seen, &rules)).await;
-        let mut looked = looked.unwrap_or_else(|error| Err(PartlySeen { found: Vec::new(), why: error.to_string() }));
-        if let Some(zones) = &self.zones {
+        let mut looked = looked.unwrap_or_else(|error| Err(PartlySeen::nothing(error)));
+        if let Some(zones) = self.zones.as_ref().filter(|_| self.followed().zones_are_put) {
             let lost = zones::problem(&**zones, def).await;
-            match &mut looked {
-                Ok(found) | Err(PartlySeen { found, .. }) => found.extend(lost),
-            }
+            PartlySeen::add(&mut looked, ProblemToken::ZoneLost, lost);
         }
         looked
     }

@@ -332,21 +332,16 @@ impl OwnNetwork {
     /// As [`Maker::problems`].
     pub fn problems(&self, maker: &Maker, def: &NetworkDef) -> Result<Vec<Problem>, PartlySeen> {
         let asked = self.ask(&Request::Problems { place: maker.place(), xml: def.write() });
-        let (mut found, unseen) = match asked {
-            Ok((Answer::Problems(Ok(found)), _)) => (found, None),
-            Ok((Answer::Problems(Err(PartlySeen { found, why })), _)) => (found, Some(why)),
-            Ok((other, _)) => (Vec::new(), Some(format!("the answer is {other:?}"))),
-            Err(why) => (Vec::new(), Some(why.to_string())),
+        let mut looked = match asked {
+            Ok((Answer::Problems(looked), _)) => looked,
+            Ok((other, _)) => Err(PartlySeen::nothing(format!("the answer is {other:?}"))),
+            Err(why) => Err(PartlySeen::nothing(why)),
         };
-        if def.mode() == Mode::Nat && self.uplink().is_none() {
-            let sentence =
-                "pasta, the uplink, has ended: guests do not reach the world; destroy the network and start it again";
-            found.push(Problem { token: ProblemToken::UplinkDown, sentence: sentence.to_owned() });
-        }
-        match unseen {
-            None => Ok(found),
-            Some(why) => Err(PartlySeen { found, why }),
-        }
+        let (token, is_down) = (ProblemToken::UplinkDown, def.mode() == Mode::Nat && self.uplink().is_none());
+        let sentence =
+            "pasta, the uplink, has ended: guests do not reach the world; destroy the network and start it again";
+        PartlySeen::add(&mut looked, token, is_down.then(|| Problem { token, sentence: sentence.to_owned() }));
+        looked
     }
 
     /// Why there can be none on this host, if so, for a network of that mode.

@@ -55,12 +55,12 @@ pub(crate) fn run(line: &str) -> String {
 }
 
 /// A folder that dnsmasq's user can go through, with a program that tells of leases.
-struct House {
+pub(super) struct House {
     dir: tempfile::TempDir,
 }
 
 impl House {
-    fn new() -> House {
+    pub(super) fn new() -> House {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::Builder::new().prefix("net").tempdir_in("/run").unwrap();
         let open = std::fs::Permissions::from_mode(0o755);
@@ -71,7 +71,7 @@ impl House {
         House { dir }
     }
 
-    fn networks(&self) -> HostNetworks {
+    pub(super) fn networks(&self) -> HostNetworks {
         HostNetworks::new(self.dir.path(), self.dir.path(), Some(self.dir.path().join("teller")))
     }
 
@@ -88,13 +88,13 @@ impl House {
     }
 }
 
-async fn complete(text: &str, networks: &HostNetworks) -> NetworkDef {
+pub(super) async fn complete(text: &str, networks: &HostNetworks) -> NetworkDef {
     let mut def = NetworkDef::parse(text).unwrap_or_else(|findings| panic!("{findings:#?}"));
     networks.complete(&mut def, &[]).await;
     def
 }
 
-fn home() -> String {
+pub(super) fn home() -> String {
     "<network><name>home</name><forward/><bridge stp='off'/><domain name='lab' localOnly='yes'/>\
      <dns><host ip='10.77.0.9'><hostname>printer</hostname></host></dns>\
      <ip address='10.77.0.1' prefix='24'><dhcp><range start='10.77.0.50' end='10.77.0.60'/></dhcp></ip></network>"

@@ -9,7 +9,7 @@ use super::lock;
 use super::make::Maker;
 use async_trait::async_trait;
 use std::sync::{Arc, Mutex, Weak};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use virt_model::driver::network::{Problem, ProblemToken};
 use virt_model::network::NetworkDef;
 use virt_model::network::forward::Mode;
@@ -32,6 +32,9 @@ pub trait Zones: Send + Sync {
     /// The zones that there are.
     async fn known(&self) -> Result<Vec<String>, Refused>;
 
+    /// Waits until it answers whatever it is asked, or has gone, however long that takes.
+    async fn answers(&self);
+
     /// How often it has forgotten since we listen which device is in which zone. Changed also, to the same, whenever a device may be in
     /// another zone, or firewalld is gone. It ends with the way to it.
     fn forgotten(&self) -> watch::Receiver<u64>;
@@ -43,9 +46,9 @@ pub enum Refused {
     /// Nobody is there.
     #[error("firewalld is not there")]
     Absent,
-    /// Nobody answers, in so many seconds.
-    #[error("firewalld has not answered for {0} s")]
-    Silent(u64),
+    /// It does not answer in time: it may do so later.
+    #[error("firewalld does not answer")]
+    Silent,
     /// Its own words.
     #[error("firewalld says: {0}")]
     Told(String),
@@ -53,7 +56,7 @@ pub enum Refused {
 
 /// The bridge of a network with the zone that it is to be in. Nothing where that is no matter of virtd's: the bridge is another's, or
 /// the network is `open` and names no zone.
-fn place(def: &NetworkDef) -> Option<(&str, &str)> {
+pub(super) fn place(def: &NetworkDef) -> Option<(&str, &str)> {
     let said = def.bridge.as_ref().and_then(|bridge| bridge.zone.as_deref());
     let zone = match def.mode() {
         Mode::Open => said?,
@@ -63,18 +66,20 @@ fn place(def: &NetworkDef) -> Option<(&str, &str)> {
     Some((def.bridge_name()?, zone))
 }
 
-/// Puts the bridges of networks into their zones. What cannot be done is logged, and [`problem`] tells it.
-pub(super) async fn put_all(zones: &dyn Zones, networks: &[NetworkDef]) {
+/// Puts the bridges of networks into their zones. What cannot be done is logged, and [`problem`] tells it. Whether firewalld was
+/// silent: that is to be done again, then.
+pub(super) async fn put_all(zones: &dyn Zones, networks: &[NetworkDef]) -> bool {
     for (def, (bridge, zone)) in networks.iter().filter_map(|def| Some((def, place(def)?))) {
         let Err(why) = zones.put(bridge, zone).await else { continue };
         if why == Refused::Absent {
-            return;
+            return false;
         }
         tracing::warn!(network = %def.name, bridge, zone, %why, "its bridge is not put into the zone");
-        if matches!(why, Refused::Silent(_)) {
-            return;
+        if why == Refused::Silent {
+            return true;
         }
     }
+    false
 }
 
 /// Takes the bridge of a network that is about to go out of its zone; out of another's it is not taken.
@@ -120,37 +125,60 @@ pub(super) async fn problem(zones: &dyn Zones, def: &NetworkDef) -> Option<Probl
     }
 }
 
-/// What has a bridge let pass what it is to, where it is in a zone that does not.
-pub(super) fn let_pass(bridge: &str) -> String {
-    format!("have the bridge in a zone that does, as '{OURS}': {}", remedy(bridge, OURS))
+/// What has a bridge let pass what it is to, where a zone does not; `zone` is the one that it is to be in, if any.
+pub(super) fn let_pass(bridge: &str, zone: Option<&str>) -> String {
+    match zone.filter(|zone| *zone != OURS) {
+        None => format!("have the bridge in a zone that does, as '{OURS}': {}", remedy(bridge, OURS)),
+        Some(zone) => format!(
+            "have the zone '{zone}' do so (firewall-cmd --permanent --zone={zone} --set-target=ACCEPT; firewall-cmd --reload), or \
+             name no zone in <bridge>"
+        ),
+    }
 }
 
 fn remedy(bridge: &str, zone: &str) -> String {
     format!("firewall-cmd --zone={zone} --change-interface={bridge}")
 }
 
-/// Puts the bridges that are there into their zones again when firewalld has forgotten them, and tells all who watch networks when
-/// it, or another, may have moved them.
+/// Puts the bridges that are there into their zones when it is `due`, for the first time when those have been found that an earlier
+/// virtd has made, and again when firewalld has forgotten them, or answers who was silent. Tells all who watch networks when it, or
+/// another, may have moved them.
 pub(super) async fn hear(
     zones: Arc<dyn Zones>,
     maker: Arc<Maker>,
     turn: Arc<tokio::sync::Mutex<()>>,
     followed: Weak<Mutex<Followed>>,
+    due: Arc<Notify>,
 ) {
     let (mut forgotten, mut done) = (zones.forgotten(), 0);
-    while forgotten.changed().await.is_ok() {
+    due.notified().await;
+    let mut is_due = true;
+    loop {
         let now = *forgotten.borrow_and_update();
-        if now != done {
+        let mut silent = false;
+        if is_due || now != done {
             let _turn = turn.lock().await;
             let maker = maker.clone();
             let mut there = tokio::task::spawn_blocking(move || maker.there()).await.unwrap_or_default();
             let Some(followed) = followed.upgrade() else { return };
             there.retain(|def| lock(&followed).networks.contains_key(&def.uuid));
-            put_all(&*zones, &there).await;
+            silent = put_all(&*zones, &there).await;
             done = now;
         }
-        let Some(followed) = followed.upgrade() else { return };
-        lock(&followed).networks.values().for_each(|one| _ = one.told.send_replace(None));
+        {
+            let Some(followed) = followed.upgrade() else { return };
+            let mut followed = lock(&followed);
+            followed.zones_are_put = true;
+            followed.networks.values().for_each(|one| _ = one.told.send_replace(None));
+        }
+        is_due = tokio::select! {
+            () = due.notified() => true,
+            () = zones.answers(), if silent => true,
+            changed = forgotten.changed() => match changed {
+                Ok(()) => silent,
+                Err(_) => break,
+            },
+        };
     }
     tracing::warn!("firewalld is heard no more: no bridge is put into its zones again");
 }
@@ -158,6 +186,71 @@ pub(super) async fn hear(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::network::tests::{House, complete, home, is_inside};
+    use std::time::Duration;
+    use tokio::sync::mpsc;
+    use virt_model::driver::network::NetworkDriver;
+
+    /// A firewalld that is silent until it speaks.
+    struct Slow {
+        speaks: watch::Sender<bool>,
+        put: mpsc::UnboundedSender<(String, String)>,
+        forgotten: watch::Sender<u64>,
+    }
+
+    impl Slow {
+        fn says<T>(&self, answer: T) -> Result<T, Refused> {
+            if *self.speaks.borrow() { Ok(answer) } else { Err(Refused::Silent) }
+        }
+    }
+
+    #[async_trait]
+    impl Zones for Slow {
+        async fn put(&self, device: &str, zone: &str) -> Result<(), Refused> {
+            self.says(())?;
+            self.put.send((device.to_owned(), zone.to_owned())).unwrap();
+            Ok(())
+        }
+
+        async fn take_out(&self, _: &str, _: &str) -> Result<(), Refused> {
+            self.says(())
+        }
+
+        async fn zone_of(&self, _: &str) -> Result<String, Refused> {
+            self.says(OURS.to_owned())
+        }
+
+        async fn known(&self) -> Result<Vec<String>, Refused> {
+            self.says(vec![OURS.to_owned()])
+        }
+
+        async fn answers(&self) {
+            self.speaks.subscribe().wait_for(|speaks| *speaks).await.unwrap();
+        }
+
+        fn forgotten(&self) -> watch::Receiver<u64> {
+            self.forgotten.subscribe()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_bridge_is_put_into_its_zone_when_firewalld_answers_again() {
+        if !is_inside("network::zones::tests::a_bridge_is_put_into_its_zone_when_firewalld_answers_again") {
+            return;
+        }
+        let (house, (put, mut puts)) = (House::new(), mpsc::unbounded_channel());
+        let slow = Arc::new(Slow { speaks: watch::Sender::new(false), put, forgotten: watch::Sender::new(0) });
+        let networks = house.networks().with_zones(slow.clone());
+        assert!(networks.find().await.is_empty());
+        let def = complete(&home(), &networks).await;
+        networks.start(&def, 7).await.unwrap();
+        assert!(puts.is_empty(), "nobody could tell it");
+        slow.speaks.send_replace(true);
+        let put = tokio::time::timeout(Duration::from_secs(60), puts.recv()).await;
+        let (device, zone) = put.expect("it is told again").unwrap();
+        assert_eq!((Some(&*device), &*zone), (def.bridge_name(), OURS));
+        assert_eq!(networks.problems(&def).await.unwrap(), []);
+    }
 
     #[test]
     fn a_zone_is_named_or_ours_or_no_matter_of_ours() {

@@ -137,8 +137,12 @@ impl Leavings {
         undo(changes, Path::new(SYSFS), self.uuid);
         self.claims.release(self.uuid);
         if changes.contains(&Change::Filtered) {
-            sweep_filters(None);
-            self.own_network.iter().filter(|own| own.holder().is_some()).for_each(|own| sweep_filters(Some(own)));
+            match &self.own_network {
+                None => sweep_filters(None),
+                Some(own) if own.holder().is_some() => sweep_filters(Some(own)),
+                // They have gone with the namespaces; on the host such a guest has none.
+                Some(_) => {}
+            }
         }
         self.own_network.iter().for_each(OwnNetwork::is_left);
         super::tune::clear(self.uuid);

@@ -2,7 +2,11 @@
 
 use super::*;
 use crate::DriverConfig;
+use crate::host::pci::VFIO;
+use crate::host::pci::tests::host as pci_host;
 use crate::host::process::Identity;
+use crate::network::tests::{is_inside, run};
+use crate::qemu::changes::HostPart;
 use crate::qemu::companion::Recorded;
 use crate::qemu::events::Guest;
 use crate::qemu::record::{Phase, Record};
@@ -491,4 +495,107 @@ async fn what_qemu_does_not_take_of_the_hosts_is_nobodys_again() {
     let optional = STICK.replace("<source>", "<source startupPolicy='optional'>").replace("0x1666", "0x1668");
     let absent = attach(&mut with_devices(&optional)).await.unwrap_err().to_string();
     assert!(absent.contains("not plugged into the host"), "{absent}");
+}
+
+const FUNCTIONS: [&str; 2] = ["0000:06:00.0", "0000:06:00.1"];
+
+/// A guest that has these parts of a host.
+async fn guest_of(parts: Vec<HostPart>) -> (QemuInstance, Peer) {
+    let (instance, peer, _, _) = guest("exec sleep 1000").await;
+    let body = instance.body();
+    body.leavings.claims.take(body.uuid, "d", &HostPart::claims_of(&parts)).unwrap();
+    body.keeper.change(move |record| record.host_parts = parts).await.unwrap();
+    (instance, peer)
+}
+
+/// One function of a card on PCI, which is in the group 7.
+fn function(alias: &str, pci: &str) -> HostPart {
+    HostPart {
+        alias: alias.to_owned(),
+        claims: vec![Claims::group("7")],
+        changes: vec![Change::Detached { pci: pci.to_owned(), driven: true }],
+        files: vec!["/dev/vfio/7".into(), "/dev/vfio/vfio".into()],
+    }
+}
+
+#[tokio::test]
+async fn a_card_is_the_hosts_again_with_the_last_of_its_functions() {
+    let (host, _) = pci_host(&FUNCTIONS.map(|pci| (pci, "7", Some(VFIO))));
+    let choices = FUNCTIONS.map(|pci| host.path().join("bus/pci/devices").join(pci).join("driver_override"));
+    choices.iter().for_each(|choice| std::fs::write(choice, VFIO).unwrap());
+    let chosen = || choices.each_ref().map(|choice| std::fs::read_to_string(choice).unwrap());
+    let (instance, _peer) =
+        guest_of(vec![function("hostdev0", FUNCTIONS[0]), function("hostdev1", FUNCTIONS[1])]).await;
+    let (body, other, group) = (instance.body(), Uuid::new_v4(), [Claims::group("7")]);
+    let gives_up = async |alias: &str| body.gives_up_within(Duration::from_secs(60), alias, host.path()).await;
+    assert!(gives_up("hostdev1").await.is_empty());
+    assert_eq!(chosen(), [VFIO, VFIO], "the guest has the rest of the group");
+    body.leavings.claims.take(other, "other", &group).unwrap_err();
+    assert_eq!(gives_up("hostdev0").await, [Path::new("/dev/vfio/7"), Path::new("/dev/vfio/vfio")]);
+    assert_eq!(chosen(), ["\n", "\n"]);
+    body.leavings.claims.take(other, "other", &group).unwrap();
+    assert_eq!(body.keeper.close(), []);
+}
+
+#[tokio::test]
+async fn what_the_host_does_not_have_back_in_time_is_undone_when_the_guest_ends() {
+    let (host, _) = pci_host(&[(FUNCTIONS[0], "7", Some(VFIO))]);
+    // Whoever reads it waits until it is written.
+    let choice = host.path().join("bus/pci/devices").join(FUNCTIONS[0]).join("driver_override");
+    nix::unistd::mkfifo(&choice, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let part = function("hostdev0", FUNCTIONS[0]);
+    let (instance, _peer) = guest_of(vec![part.clone()]).await;
+    let body = instance.body();
+    assert!(body.gives_up_within(Duration::from_millis(10), "hostdev0", host.path()).await.is_empty());
+    assert_eq!(body.keeper.without("hostdev0").unwrap().0, Some(part.clone()));
+    body.leavings.claims.take(Uuid::new_v4(), "other", &part.claims).unwrap_err();
+    // Another device of that name is given up with it.
+    let second = function("hostdev0", FUNCTIONS[1]);
+    let changes = [part.changes, second.changes.clone()].concat();
+    body.keeper.change(move |record| record.host_parts.push(second)).await.unwrap();
+    let (both, rest) = body.keeper.without("hostdev0").unwrap();
+    assert_eq!((both.unwrap().changes, rest.host_parts), (changes.clone(), Vec::new()));
+    assert_eq!(body.keeper.close(), changes);
+    std::fs::write(&choice, "").unwrap();
+}
+
+#[tokio::test]
+async fn a_card_that_qemu_does_not_take_leaves_no_filter() {
+    if !is_inside("qemu::instance::tests::a_card_that_qemu_does_not_take_leaves_no_filter") {
+        return;
+    }
+    run("ip link add br0 type bridge");
+    let filters = || run("nft list tables").matches("virt_tap_").count();
+    let (instance, mut peer, _reports, _) = guest("exec sleep 1000").await;
+    let dir = tempfile::tempdir().unwrap();
+    let driver = QemuDriver::new(&DriverConfig::below(dir.path(), false));
+    let card = "<interface type='bridge'><mac address='52:54:00:00:00:05'/><source bridge='br0'/><model type='virtio'/>\
+                <driver name='qemu'/><filterref filter='no-mac-spoofing'/><alias name='net0'/></interface>";
+    let (before, mut def) = (with_devices(""), with_devices(card));
+    let attachment = Attachment { before: &before, alias: "net0", image: None };
+    let plugged = driver.plug(instance.body(), &mut def, attachment, Path::new("/sys"));
+    let refuses = async {
+        let mut line = String::new();
+        while peer.read_line(&mut line).await.unwrap() > 0 {
+            let asked: Value = serde_json::from_str(&line).unwrap();
+            let mut reply = match asked["execute"].as_str().unwrap() {
+                "netdev_add" => {
+                    assert_eq!(filters(), 1, "it is there before the card");
+                    json!({ "error": { "class": "GenericError", "desc": "no card today" } })
+                }
+                "qom-list" => json!({ "return": [] }),
+                _ => json!({ "return": {} }),
+            };
+            reply["id"] = asked["id"].clone();
+            peer.get_mut().write_all(format!("{reply}\n").as_bytes()).await.unwrap();
+            line.clear();
+        }
+    };
+    let plugged = tokio::select! {
+        plugged = plugged => plugged,
+        () = refuses => panic!("the monitor ends"),
+    };
+    let why = plugged.unwrap_err().to_string();
+    assert!(why.contains("no card today"), "{why}");
+    assert_eq!(filters(), 0);
 }

@@ -82,6 +82,29 @@ impl Record {
     pub fn all_claims(&self) -> Vec<String> {
         self.claims.iter().cloned().chain(HostPart::claims_of(&self.host_parts)).collect()
     }
+
+    /// Has that device have nothing of the host's any more, and gives what it had. An earlier device of its name may have left some of it.
+    pub fn take_part(&mut self, alias: &str) -> Option<HostPart> {
+        let all = std::mem::take(&mut self.host_parts).into_iter();
+        let (of_it, others): (Vec<_>, Vec<_>) = all.partition(|part| part.alias == alias);
+        self.host_parts = others;
+        of_it.into_iter().reduce(|part, more| HostPart {
+            alias: part.alias,
+            claims: [part.claims, more.claims].concat(),
+            changes: [part.changes, more.changes].concat(),
+            files: [part.files, more.files].concat(),
+        })
+    }
+
+    /// Has that device have nothing of the host's any more; what was changed for it is undone with what was changed for the `other` one.
+    pub fn hand_on_part(&mut self, alias: &str, other: &str) {
+        let changes = self.take_part(alias).map(|part| part.changes).unwrap_or_default();
+        match self.host_parts.iter_mut().find(|part| part.alias == other) {
+            // Of a device that came back to the guest meanwhile, what was changed first is undone last.
+            Some(heir) => heir.changes.splice(0..0, changes).for_each(drop),
+            None => self.changes.extend(changes),
+        }
+    }
 }
 
 /// The record and its way to disk; writes one at a time, and none any more once it is closed.
@@ -136,8 +159,7 @@ impl Keeper {
     pub fn without(&self, alias: &str) -> Option<(Option<HostPart>, Record)> {
         let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
         let mut rest = record.as_ref()?.clone();
-        let at = rest.host_parts.iter().position(|part| part.alias == alias);
-        Some((at.map(|at| rest.host_parts.remove(at)), rest))
+        Some((rest.take_part(alias), rest))
     }
 
     /// The guest has gone: nothing is written from now on. What is to be undone is returned. Blocks while something is being

@@ -5,7 +5,7 @@ use super::changes::{Change, Claims, HostPart, SYSFS, undo};
 use super::hostdev;
 use super::instance::Body;
 use super::plan::{HostFile, Tap};
-use super::record::Keeper;
+use super::record::{Keeper, Record};
 use crate::host::macvtap::Macvtap;
 use crate::host::workers::blocking;
 use std::collections::{BTreeMap, BTreeSet};
@@ -79,25 +79,47 @@ impl Taking {
 
 impl Body {
     /// Undoes what was changed on the host for that device, which has gone or never came to be, and gives up what the guest had to
-    /// itself for it alone. Gives the files that it alone was lent.
+    /// itself for it alone. Gives the files that it alone was lent. What the host does not have back stays in the record, and is
+    /// undone when the guest has ended.
     pub async fn gives_up(&self, alias: &str) -> Vec<PathBuf> {
+        self.gives_up_within(GIVING_BACK, alias, Path::new(SYSFS)).await
+    }
+
+    /// The same on a host that `sysfs` shows, which may take so long.
+    pub(super) async fn gives_up_within(&self, patience: Duration, alias: &str, sysfs: &Path) -> Vec<PathBuf> {
         let Some((part, rest)) = self.keeper.without(alias) else { return Vec::new() };
         let (uuid, mut free) = (self.uuid, Vec::new());
-        if let Some(HostPart { changes, files, .. }) = part {
-            let undone = blocking(move || undo(&changes, Path::new(SYSFS), uuid));
-            // The kernel takes a device from vfio when its QEMU has closed it.
-            let late = || DriverError::TimedOut("the kernel takes long to give it back".to_owned());
-            let undone = timeout(GIVING_BACK, undone).await.unwrap_or_else(|_| Err(late()));
-            let name = alias.to_owned();
-            let forgotten = self.keeper.change(move |record| record.host_parts.retain(|part| part.alias != name)).await;
-            if let Err(error) = undone.and(forgotten) {
+        if let Some(part) = part {
+            if let Err(error) = self.is_undone(&part, &rest, patience, sysfs).await {
                 tracing::warn!(%uuid, alias, %error, "what it had of the host's is given up when the guest ends");
                 return Vec::new();
             }
             let needed = |file: &PathBuf| rest.host_parts.iter().any(|part| part.files.contains(file));
-            free = files.into_iter().filter(|file| !needed(file)).collect();
+            free = part.files.into_iter().filter(|file| !needed(file)).collect();
         }
         self.leavings.claims.release_except(uuid, &rest.all_claims());
         free
+    }
+
+    /// Undoes what was changed for a device, of which the record says nothing afterwards; `rest` is the record without it. On failure
+    /// it does still.
+    async fn is_undone(
+        &self,
+        part: &HostPart,
+        rest: &Record,
+        patience: Duration,
+        sysfs: &Path,
+    ) -> Result<(), DriverError> {
+        let (uuid, alias, changes) = (self.uuid, part.alias.clone(), part.changes.clone());
+        // The kernel gives no device to a driver of the host's while the guest has another one of its IOMMU group.
+        let has_rest = |other: &&HostPart| other.claims.iter().any(|claim| part.claims.contains(claim));
+        if let Some(other) = rest.host_parts.iter().find(has_rest).map(|other| other.alias.clone()) {
+            return self.keeper.change(move |record| record.hand_on_part(&alias, &other)).await;
+        }
+        let sysfs = sysfs.to_owned();
+        let undone = timeout(patience, blocking(move || undo(&changes, &sysfs, uuid))).await;
+        // The kernel takes a device from vfio when its QEMU has closed it.
+        undone.map_err(|_| DriverError::TimedOut("the kernel takes long to give it back".to_owned()))??;
+        self.keeper.change(move |record| _ = record.take_part(&alias)).await
     }
 }

@@ -160,22 +160,22 @@ impl Changeable for Network {
 }
 
 impl State {
-    /// What keeps it from its work now. Where it could not be looked, what was known is kept, which is logged once.
+    /// What keeps it from its work now. Of what could not be looked for, what was known is kept, which is logged once.
     fn has_looked(&mut self, name: &str, looked: std::result::Result<Vec<Problem>, PartlySeen>) {
         let problems = match looked {
             Ok(found) => {
                 self.partly_seen = false;
                 found
             }
-            Err(PartlySeen { found, why }) => {
+            Err(PartlySeen { found, seen, why }) => {
                 if !std::mem::replace(&mut self.partly_seen, true) {
                     tracing::warn!(
                         network = name,
                         "whether it can do its work is not known: {why}; what was known is kept"
                     );
                 }
-                let new = found.into_iter().filter(|one| !self.problems.contains(one));
-                self.problems.iter().cloned().chain(new).collect()
+                let known = self.problems.iter().filter(|one| !seen.contains(&one.token) && !found.contains(one));
+                known.cloned().chain(found.iter().cloned()).collect()
             }
         };
         let new = problems.iter().filter(|one| !self.problems.contains(*one));

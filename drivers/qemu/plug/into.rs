@@ -9,7 +9,7 @@ use crate::host::workers::ClosedAside;
 use crate::qemu::command::{self, OneDevice, Step, fd_name};
 use crate::qemu::given::{self, GivenImage};
 use crate::qemu::instance::Body;
-use crate::qemu::plan::{Companion, HostFile, SecretContent};
+use crate::qemu::plan::{Companion, HostFile, SecretContent, Tap};
 use crate::qemu::qmp::COMMAND_TIMEOUT;
 use crate::qemu::taking::Taking;
 use crate::qemu::{QemuDriver, declared, live, tap};
@@ -46,6 +46,7 @@ impl QemuDriver {
         let started = host::found(def, alias, sysfs).await?;
         let parts = new.parts(&started, &caps, &body.leavings.own_dir())?;
         let beside: Vec<Companion> = parts.iter().flat_map(|part| part.companions.clone()).collect();
+        let taps: Vec<Tap> = parts.iter().flat_map(|part| part.taps.clone()).collect();
         let ready = self.make_ready(body, before, (&started, alias), &parts, sysfs).await?;
         let mut done = Vec::new();
         let disk = def.disk_named(alias);
@@ -68,6 +69,7 @@ impl QemuDriver {
                 if !matches!(error, DriverError::TimedOut(_)) {
                     self.end_beside(body, &beside).await;
                     leave_what_stays(body, before, def).await;
+                    self.removes_filters(body, alias, &taps).await;
                     if grows(def, &started)
                         && let Err(error) = self.has_more_memory(body, def).await
                     {

@@ -7,6 +7,7 @@ use crate::qemu::command::{self, never_leaves};
 use crate::qemu::given;
 use crate::qemu::instance::Body;
 use crate::qemu::launch::MONITOR_FD;
+use crate::qemu::plan::Tap;
 use crate::qemu::qmp::COMMAND_TIMEOUT;
 use crate::qemu::tap::sweep_filters;
 use crate::qemu::{QemuDriver, media};
@@ -84,17 +85,21 @@ impl QemuDriver {
             tracing::warn!(uuid = %body.uuid, %error, "what '{alias}' said stays until the guest ends");
         }
         self.end_beside(body, &part.companions).await;
-        if let Some(tap) = part.taps.iter().find(|tap| tap.plan.filter.is_some()) {
-            let own = self.0.own_network.clone().filter(|_| tap.plan.of_network);
-            if let Err(error) = blocking(move || sweep_filters(own.as_ref())).await {
-                tracing::warn!(uuid = %body.uuid, %error, "the filter of '{alias}' stays until the guest ends");
-            }
-        }
+        self.removes_filters(body, alias, &part.taps).await;
         if let Ok(rest) =
             def.without_devices(|_, element| virt_model::domain::one_device::alias_of(element) == Some(alias))
         {
             body.has_agent_of(&rest);
             self.is_not_had(body, &rest, alias, part.files.into_iter().map(|file| file.path).collect()).await;
+        }
+    }
+
+    /// Removes the filters of a device that has gone, or never came to be, if it had any of those network devices with one.
+    pub(super) async fn removes_filters(&self, body: &Body, alias: &str, taps: &[Tap]) {
+        let Some(tap) = taps.iter().find(|tap| tap.plan.filter.is_some()) else { return };
+        let own = self.0.own_network.clone().filter(|_| tap.plan.of_network);
+        if let Err(error) = blocking(move || sweep_filters(own.as_ref())).await {
+            tracing::warn!(uuid = %body.uuid, %error, "the filter of '{alias}' stays until the guest ends");
         }
     }
 }

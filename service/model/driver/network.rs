@@ -146,8 +146,28 @@ impl ProblemToken {
 pub struct PartlySeen {
     /// What was found where it could be looked.
     pub found: Vec<Problem>,
+    /// What was looked for there: what of it was not found is none.
+    pub seen: Vec<ProblemToken>,
     /// Why it could not be looked elsewhere.
     pub why: String,
+}
+
+impl PartlySeen {
+    /// It could be looked nowhere.
+    pub fn nothing(why: impl ToString) -> PartlySeen {
+        PartlySeen { found: Vec::new(), seen: Vec::new(), why: why.to_string() }
+    }
+
+    /// Adds what came of a look for one more problem to what came of others.
+    pub fn add(looked: &mut Result<Vec<Problem>, PartlySeen>, token: ProblemToken, problem: Option<Problem>) {
+        match looked {
+            Ok(found) => found.extend(problem),
+            Err(partly) => {
+                partly.found.extend(problem);
+                partly.seen.push(token);
+            }
+        }
+    }
 }
 
 /// Why something could not be done.

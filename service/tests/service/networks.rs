@@ -108,13 +108,13 @@ impl tracing::Subscriber for Warnings {
     fn exit(&self, _: &tracing::span::Id) {}
 }
 
-/// What cannot be looked at is as it was known; what was found beside that is told.
+/// What cannot be looked at is as it was known; what was found beside that is told, and what was not is none.
 #[tokio::test]
 async fn a_problem_is_known_until_it_is_seen_to_be_none() {
     let warnings = Arc::new(AtomicUsize::new(0));
     let _heard = tracing::subscriber::set_default(Warnings(warnings.clone()));
     let problem = |token: ProblemToken| Problem { token, sentence: format!("it is {}", token.as_str()) };
-    let unseen = |found: Vec<Problem>| Err(PartlySeen { found, why: "no rules today".to_owned() });
+    let unseen = |found: Vec<Problem>| Err(PartlySeen { found, ..PartlySeen::nothing("no rules today") });
     let folder = tempfile::tempdir().unwrap();
     let (reports, from) = mpsc::channel(4);
     let played = Arc::new(Played { reports: Mutex::new(Some(from)), ..Played::default() });
@@ -127,11 +127,12 @@ async fn a_problem_is_known_until_it_is_seen_to_be_none() {
         unseen(vec![problem(ProblemToken::DhcpDown)]),
         Ok(vec![problem(ProblemToken::DhcpDown)]),
         unseen(vec![problem(ProblemToken::DhcpDown), problem(ProblemToken::BridgeGone)]),
+        Err(PartlySeen { seen: vec![ProblemToken::DhcpDown], ..PartlySeen::nothing("no rules today") }),
     ]);
     network.start(&world.alice()).await.expect("started");
     // The pauses between what is told of it are none to the test.
     tokio::time::pause();
-    for _ in 0..5 {
+    for _ in 0..6 {
         reports.send(NetworkReport::Changed).await.expect("it is followed");
     }
     let mut told = Vec::new();
@@ -150,6 +151,7 @@ async fn a_problem_is_known_until_it_is_seen_to_be_none() {
             vec!["forward-blocked", "dhcp-down"],
             vec!["dhcp-down"],
             vec!["dhcp-down", "bridge-gone"],
+            vec!["bridge-gone"],
             vec![]
         ]
     );
