@@ -28,6 +28,8 @@ pub mod out;
 pub(crate) mod own_file;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod pci;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys and /proc")]
+pub mod perf;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod process;
 pub(crate) mod ready;

@@ -6,10 +6,12 @@ use super::command::known_format;
 use super::instance::Body;
 use crate::host::chain;
 use crate::host::files::{Seen, What};
+use crate::host::perf::{self, Counters};
 use crate::host::usage;
-use crate::host::workers::{Errand, Workers};
+use crate::host::workers::{Errand, Workers, blocking};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,10 +24,11 @@ use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::stats::{
     DirtyRateStats, DiskStats, DiskTraffic, GroupStats, GuestMemory, InterfaceStats, IothreadStats, MemoryStats,
-    StatGroup, StatQuestion, ThreadStats, Transfers, VcpuStats,
+    PerfStats, StatGroup, StatQuestion, ThreadStats, Transfers, VcpuStats,
 };
 
-/// How long QEMU looks on how the guest writes its memory, and how often it is asked whether it has, ten times in that.
+/// How long it is looked on how the guest writes its memory, or what its vCPUs do; and how often QEMU is asked whether it has looked
+/// on, ten times in that.
 const LOOKED_ON: Duration = Duration::from_secs(1);
 const LOOKS: u32 = 50;
 /// So many threads are few.
@@ -46,6 +49,7 @@ pub async fn of_guest(
         StatGroup::Interfaces => Ok(GroupStats::Interfaces(interfaces(body, def))),
         StatGroup::Iothreads => iothreads(body, def).await.map(GroupStats::Iothreads),
         StatGroup::DirtyRate => dirty_rate(body).await.map(GroupStats::DirtyRate),
+        StatGroup::Perf => events(body, def).await.map(GroupStats::Perf),
     }
 }
 
@@ -118,9 +122,14 @@ async fn threads(body: &Arc<Body>, ids: Vec<i32>) -> Result<BTreeMap<i32, Thread
     look.await.unwrap_or_else(|error| Err(DriverError::Internal(format!("the look at the guest was cut off: {error}"))))
 }
 
-async fn vcpus(body: &Arc<Body>, def: &DomainDef) -> Result<Vec<VcpuStats>, DriverError> {
+/// The threads of its vCPUs as QEMU calls them, by the numbers of these.
+async fn vcpu_threads(body: &Arc<Body>, def: &DomainDef) -> Result<Arc<BTreeMap<u32, i32>>, DriverError> {
     let read = |told: &Value| numbered(told, 0..def.maximum_vcpus(), |cpu| cpu["cpu-index"].as_u64()?.try_into().ok());
-    let by_number = body.known("query-cpus-fast", json!({}), read).await?;
+    body.known("query-cpus-fast", json!({}), read).await
+}
+
+async fn vcpus(body: &Arc<Body>, def: &DomainDef) -> Result<Vec<VcpuStats>, DriverError> {
+    let by_number = vcpu_threads(body, def).await?;
     let used = threads(body, by_number.values().copied().collect()).await?;
     let thread = |number: u32| by_number.get(&number).and_then(|id| used.get(id)).copied();
     Ok((0..def.maximum_vcpus()).map(|number| VcpuStats { number, thread: thread(number) }).collect())
@@ -159,6 +168,33 @@ async fn dirty_rate(body: &Arc<Body>) -> Result<DirtyRateStats, DriverError> {
         told = body.patiently("query-dirty-rate", json!({})).await?;
     }
     Err(DriverError::TimedOut("QEMU did not say in time how quickly the guest writes its memory".to_owned()))
+}
+
+/// Has the host count what the threads of its vCPUs do, for as long as it is looked on: nobody else has to wait for it.
+async fn events(body: &Arc<Body>, def: &DomainDef) -> Result<PerfStats, DriverError> {
+    let pid = process_id(body)?;
+    // Without KVM several vCPUs may share one.
+    let ids: BTreeSet<i32> = vcpu_threads(body, def).await?.values().copied().collect();
+    let room = perf::room_for(ids.len()).await.map_err(|e| not_counted(&e))?;
+    let looked_at = body.clone();
+    let begin = move || {
+        let ours = usage::our_numbers(pid);
+        let number = |id: i32| ours.as_ref().map_or(Some(id), |ours| ours.get(&id).copied());
+        let begun = Counters::of_threads(room, pid, &ids.into_iter().filter_map(number).collect::<Vec<_>>());
+        if looked_at.process.has_ended() { Err(DriverError::Gone) } else { begun.map_err(|e| not_counted(&e)) }
+    };
+    let counters = blocking(begin).await??;
+    tokio::time::sleep(LOOKED_ON).await;
+    blocking(move || counters.read()).await?.map_err(|e| not_counted(&e))
+}
+
+fn not_counted(error: &std::io::Error) -> DriverError {
+    let remedy = match error.kind() {
+        ErrorKind::PermissionDenied => "; others than root may do that after 'sysctl kernel.perf_event_paranoid=1'",
+        ErrorKind::QuotaExceeded => "; raise LimitNOFILE= of its unit, or 'ulimit -n'",
+        _ => "",
+    };
+    DriverError::Unsupported(format!("the host counts no events of the guest's vCPUs: {error}{remedy}"))
 }
 
 /// What QEMU tells, if it has looked on. Error: it could not, as it takes no samples of little memory.

@@ -4,8 +4,8 @@ use super::guest::Machine;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::stats::{
-    CpuStats, DirtyRateStats, DiskStats, DiskTraffic, GroupStats, InterfaceStats, MemoryStats, Packets, StatGroup,
-    ThreadStats, Transfers, VcpuStats,
+    CpuStats, DirtyRateStats, DiskStats, DiskTraffic, GroupStats, InterfaceStats, MemoryStats, Packets, PerfEvent,
+    PerfStats, StatGroup, ThreadStats, Transfers, VcpuStats,
 };
 
 /// What each disk holds, and what its image takes.
@@ -52,6 +52,10 @@ pub async fn of_guest(machine: &Machine, def: &DomainDef, group: StatGroup) -> R
             GroupStats::Interfaces(cards.collect())
         }
         StatGroup::Iothreads => GroupStats::Iothreads(Vec::new()),
+        StatGroup::Perf => {
+            let events = vec![(PerfEvent::ContextSwitches, moved.requests)];
+            GroupStats::Perf(PerfStats { period_usec: 1_000_000, events })
+        }
         StatGroup::DirtyRate => {
             GroupStats::DirtyRate(DirtyRateStats { bytes_per_second: DIRTIED, period_usec: 1_000_000 })
         }

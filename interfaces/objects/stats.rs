@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use virt_model::driver::stats::{
-    CpuStats, DirtyRateStats, DiskStats, GroupStats, InterfaceStats, IothreadStats, MemoryStats, Packets, ThreadStats,
-    Transfers, VcpuStats,
+    CpuStats, DirtyRateStats, DiskStats, GroupStats, InterfaceStats, IothreadStats, MemoryStats, Packets, PerfStats,
+    ThreadStats, Transfers, VcpuStats,
 };
 use virt_service::Stats;
 use zbus::Variant;
@@ -32,6 +32,7 @@ fn named(group: &GroupStats) -> (&'static str, Variant<'static>) {
         GroupStats::Interfaces(all) => ("interfaces", each(all, interface)),
         GroupStats::Iothreads(all) => ("iothreads", each(all, iothread)),
         GroupStats::DirtyRate(stats) => ("dirty-rate", Variant::from(numbers(dirty_rate(stats)))),
+        GroupStats::Perf(stats) => ("perf", Variant::from(numbers(perf(stats)))),
     }
 }
 
@@ -71,6 +72,11 @@ fn memory(stats: &MemoryStats) -> impl Iterator<Item = (&'static str, u64)> {
 
 fn dirty_rate(stats: &DirtyRateStats) -> [(&'static str, u64); 2] {
     [("bytes-per-second", stats.bytes_per_second), ("period-usec", stats.period_usec)]
+}
+
+fn perf(stats: &PerfStats) -> impl Iterator<Item = (&'static str, u64)> {
+    let events = stats.events.iter().map(|(event, count)| (event.as_str(), *count));
+    [("period-usec", stats.period_usec)].into_iter().chain(events)
 }
 
 fn thread(stats: &ThreadStats) -> [(&'static str, Variant<'static>); 2] {

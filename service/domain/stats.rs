@@ -31,8 +31,6 @@ use virt_model::xml::shorten;
 const PATIENCE: Duration = Duration::from_secs(1);
 /// The word of the one group that no driver is asked for.
 const STATE: &str = "state";
-/// The words of groups that there are to be.
-const NOT_TAKEN: [&str; 1] = ["perf"];
 /// How much longer than others a group is waited for whose numbers take as long as it is looked on.
 const LOOKED_ON: Duration = Duration::from_secs(2);
 /// How old such numbers may always be: whoever may read asks for them, and looking on costs the guest time.
@@ -56,7 +54,7 @@ pub struct StatsOptions {
 impl Default for StatsOptions {
     /// Those that cost next to nothing.
     fn default() -> StatsOptions {
-        let costly = |group: &StatGroup| matches!(group, StatGroup::Iothreads | StatGroup::DirtyRate);
+        let costly = |group: &StatGroup| *group == StatGroup::Iothreads || group.is_looked_on();
         let groups = StatGroup::ALL.iter().copied().filter(|group| !costly(group)).collect();
         StatsOptions { groups, ..StatsOptions::NONE }
     }
@@ -94,9 +92,6 @@ impl StatsOptions {
                 Some(group) if wanted.groups.contains(group) => {}
                 Some(group) => wanted.groups.push(*group),
                 None if word == STATE => wanted.state = true,
-                None if NOT_TAKEN.contains(&&**word) => {
-                    return Err(Error::OperationUnsupported(format!("no numbers of the group '{word}' are taken yet")));
-                }
                 None => {
                     let known: Vec<&str> =
                         [STATE].into_iter().chain(StatGroup::ALL.iter().map(|group| group.as_str())).collect();
@@ -179,13 +174,13 @@ impl Domain {
         let asked: Vec<_> = groups
             .into_iter()
             .map(|group| {
-                let lately = if group == StatGroup::DirtyRate { LOOKED_ON_LATELY } else { Duration::ZERO };
+                let lately = if group.is_looked_on() { LOOKED_ON_LATELY } else { Duration::ZERO };
                 let recent = wanted.recent.max(lately);
                 self.begin_sampling(&sampled, StatQuestion { group, may_open }, now, recent)
             })
             .collect();
         for running in asked {
-            let looked_on = running.0.group == StatGroup::DirtyRate && wanted.patience == PATIENCE;
+            let looked_on = running.0.group.is_looked_on() && wanted.patience == PATIENCE;
             let patience = wanted.patience + if looked_on { LOOKED_ON } else { Duration::ZERO };
             let told = sampled.sampler.told(running, patience).await;
             let told = match told {
@@ -365,7 +360,7 @@ mod tests {
         let some = StatsOptions { groups, usual: false, ..StatsOptions::NONE };
         assert_eq!(named(&["disks", "state", "cpu", "disks"]).unwrap(), some);
         let why = named(&["cpu", "gpu"]).unwrap_err().to_string();
-        let known = "state, cpu, memory, vcpus, disks, interfaces, iothreads, dirty-rate";
+        let known = "state, cpu, memory, vcpus, disks, interfaces, iothreads, dirty-rate, perf";
         assert_eq!(why, format!("there is no group 'gpu'; there are {known}"));
     }
 

@@ -76,6 +76,17 @@ async fn numbers_of_a_guest_move_and_of_a_hung_one_the_last_are_told() {
     let rate = stats_with(&domain, &["dirty-rate"], &["dirty-rate"]).await;
     assert_eq!(rate.shape("dirty-rate", 0), shaped("bytes-per-second t period-usec t"));
     assert_eq!(rate.number("dirty-rate", 0, "period-usec"), 1_000_000);
+    match stats_of(&domain, &["perf"]).await {
+        Ok(_) => {
+            let perf = stats_with(&domain, &["perf"], &["perf"]).await;
+            assert!(perf.number("perf", 0, "period-usec") >= 1_000_000, "{perf:?}");
+            assert!(perf.shape("perf", 0).contains_key("context-switches"), "{perf:?}");
+        }
+        Err((error, why)) => {
+            let known = error.ends_with("OperationUnsupported") && why.contains("the host counts no events");
+            assert!(known, "{error}: {why}");
+        }
+    }
     assert_eq!(block_info(&domain).await.0, capacity);
     let pending: Vec<(String, String, String)> = domain.property("PendingChanges").await;
     assert_eq!(pending, [], "what a start decides is no change");

@@ -20,6 +20,8 @@ pub enum StatGroup {
     Iothreads,
     /// How quickly the guest writes its memory.
     DirtyRate,
+    /// What the host's CPUs and kernel count of the threads of its vCPUs.
+    Perf,
 }
 
 impl StatGroup {
@@ -32,6 +34,7 @@ impl StatGroup {
         StatGroup::Interfaces,
         StatGroup::Iothreads,
         StatGroup::DirtyRate,
+        StatGroup::Perf,
     ];
 
     /// Its word on the bus.
@@ -44,7 +47,13 @@ impl StatGroup {
             StatGroup::Interfaces => "interfaces",
             StatGroup::Iothreads => "iothreads",
             StatGroup::DirtyRate => "dirty-rate",
+            StatGroup::Perf => "perf",
         }
+    }
+
+    /// Whether its numbers take as long as it is looked on, which costs the guest time.
+    pub fn is_looked_on(self) -> bool {
+        matches!(self, StatGroup::DirtyRate | StatGroup::Perf)
     }
 }
 
@@ -75,6 +84,8 @@ pub enum GroupStats {
     Iothreads(Vec<IothreadStats>),
     /// How quickly the guest writes its memory.
     DirtyRate(DirtyRateStats),
+    /// What the host's CPUs and kernel count of the threads of its vCPUs.
+    Perf(PerfStats),
 }
 
 /// CPU time that the guest has taken of the host.
@@ -214,6 +225,58 @@ pub struct DirtyRateStats {
     pub bytes_per_second: u64,
     /// For how long it was looked on.
     pub period_usec: u64,
+}
+
+/// What the host has counted of the threads of a guest's vCPUs, of all together.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PerfStats {
+    /// For how long it was looked on.
+    pub period_usec: u64,
+    /// Each event that the host counts, and how often it came in that time.
+    pub events: Vec<(PerfEvent, u64)>,
+}
+
+/// Something that is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PerfEvent {
+    /// Of the CPU's clock.
+    Cycles,
+    /// That were carried out.
+    Instructions,
+    /// To the CPU's last cache.
+    CacheReferences,
+    /// That were not in it.
+    CacheMisses,
+    /// Instructions that go on elsewhere.
+    Branches,
+    /// Those that the CPU had not foreseen.
+    BranchMisses,
+    /// Memory that was not there.
+    PageFaults,
+    /// Another thread had the CPU.
+    ContextSwitches,
+    /// To another CPU.
+    CpuMigrations,
+    /// Of the guest from its CPU to KVM.
+    KvmExits,
+}
+
+impl PerfEvent {
+    /// Its word on the bus.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            PerfEvent::Cycles => "cycles",
+            PerfEvent::Instructions => "instructions",
+            PerfEvent::CacheReferences => "cache-references",
+            PerfEvent::CacheMisses => "cache-misses",
+            PerfEvent::Branches => "branches",
+            PerfEvent::BranchMisses => "branch-misses",
+            PerfEvent::PageFaults => "page-faults",
+            PerfEvent::ContextSwitches => "context-switches",
+            PerfEvent::CpuMigrations => "cpu-migrations",
+            PerfEvent::KvmExits => "kvm-exits",
+        }
+    }
 }
 
 /// An I/O thread.
