@@ -90,13 +90,11 @@ impl Domain {
             fail_point::reached();
             let mut put = self.put_written(Some(live.clone()), stored, Update::Whole).await;
             fail_point::reached();
-            if put.is_ok() {
-                self.is_adjusted(&guest);
-            } else {
+            if put.is_err() {
                 // The guest has it, whatever cannot be written.
                 put = self.put_written(Some(live), None, Update::Whole).await.and(put);
-                self.is_as_kept(&guest).await;
             }
+            self.is_as_kept(&guest).await;
             self.tell_device(DeviceEvent::Added { alias: alias.clone() });
             put.map(|()| alias)
         })
