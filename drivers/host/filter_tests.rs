@@ -162,7 +162,7 @@ fn what_is_false_stays_out_and_what_is_right_passes() {
     assert_eq!(passed(&gateway, &beside, &elsewhere), [false, true]);
     drop((quiet, gateway));
     // nft takes all of them.
-    FilterName::ALL.iter().for_each(|name| drop(Card::new("each", Some(*name))));
+    FilterName::ALL.iter().enumerate().for_each(|(n, name)| drop(Card::new(&format!("each{n}"), Some(*name))));
     sweep().unwrap();
     assert_eq!(run("nft list tables").matches("virt_tap_").count(), 0);
 }
