@@ -249,10 +249,11 @@ a second, or two seconds after the first. Rules of the old iptables (`iptables-l
 user's own namespaces, nobody else's rules are.
 
 Where firewalld is on the system bus, or comes there, the bridge is put into a zone of its: the one of `<bridge zone=>`; without, into
-`virt`, which is shipped with virtd and lets guests ask for addresses and names and what they send pass, but not those of mode `open`, whose rules are all
-somebody else's. It is put there again when firewalld has read its configuration anew. Where it is in another zone, as one that does not exist or one that
-somebody has moved it to, `zone-lost` says what to do. virtd never starts firewalld; where it is not there, a zone asks for nothing. Just installed, virtd's zone is
-known to a firewalld that runs after `firewall-cmd --reload`.
+`virt`, but not those of mode `open`, whose rules are all somebody else's. `virt` is shipped with virtd: it lets what guests send pass, and
+lets them reach the host by DHCP, DNS, ping, ssh and tftp, and nothing else of it. The bridge is put there again when firewalld has read its
+configuration anew, or answers after a silence; virtd does not wait for that to come up. Where it is in another zone, as one that somebody has
+moved it to, or in none, where there is no such zone, or firewalld does not answer, `zone-lost` says what to do. virtd never starts firewalld; where it is not
+there, a zone asks for nothing. Just installed, virtd's zone is known to a firewalld that runs after `firewall-cmd --reload`.
 
 What a network says of isolated ports, and its port group of VLANs, holds for every machine in it, whatever the machine's own
 document says. Of bandwidth and MTU the machine's own count more; an MTU is the bridge's and the host's end's, and virtio cards alone are
