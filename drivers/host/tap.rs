@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use virt_model::device::interface::{NativeMode, Vlan, VlanTag};
 
 /// How many seconds a program has that looks at the host's network or changes it: some milliseconds are usual.
@@ -389,23 +389,9 @@ pub(super) fn output(program: &str, args: &[&str]) -> io::Result<Vec<u8>> {
 
 /// The same with more in its environment.
 pub(crate) fn output_within(program: &str, args: &[&str], env: &[(&str, &std::ffi::OsStr)]) -> io::Result<Vec<u8>> {
-    let path = "/usr/sbin:/usr/bin:/sbin:/bin";
     let mut command = Command::new(program);
-    let done = command
-        .args(args)
-        .envs(env.iter().copied())
-        .env("PATH", path)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    // SAFETY: a system call only. The alarm goes on in the program, and ends it.
-    unsafe {
-        done.pre_exec(|| {
-            libc::alarm(LIMIT);
-            Ok(())
-        });
-    }
-    let done = apart::without(|| done.output()).map_err(|e| match e.kind() {
+    command.args(args).envs(env.iter().copied());
+    let done = finished(&mut command).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => {
             let package = match program {
                 "nft" => "nftables",
@@ -424,6 +410,20 @@ pub(crate) fn output_within(program: &str, args: &[&str], env: &[(&str, &std::ff
     }
     let words = String::from_utf8_lossy(&done.stderr);
     Err(io::Error::other(format!("{program} {}: {}", args.join(" "), words.trim())))
+}
+
+/// Runs a program to its end, which comes in time.
+pub(crate) fn finished(command: &mut Command) -> io::Result<Output> {
+    command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // SAFETY: a system call only. The alarm goes on in the program, and ends it.
+    unsafe {
+        command.pre_exec(|| {
+            libc::alarm(LIMIT);
+            Ok(())
+        });
+    }
+    apart::without(|| command.output())
 }
 
 #[cfg(test)]

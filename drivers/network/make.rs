@@ -139,7 +139,7 @@ impl Maker {
         }
         match &self.namespace {
             Namespace::Own(own) => own.can_start(self, def),
-            _ => self.is_free(def).map_err(|error| failed(def, &error)),
+            _ => self.is_free(def).and_then(|()| self.can_hear(def)).map_err(|error| failed(def, &error)),
         }
     }
 
@@ -172,6 +172,14 @@ impl Maker {
                 Err(io::Error::other(format!("the host has no device '{dev}', by which packets are to leave")))
             }
             None => Ok(()),
+        }
+    }
+
+    /// What its server is to run when it has given an address can be run by the server's user.
+    fn can_hear(&self, def: &NetworkDef) -> io::Result<()> {
+        match &self.teller {
+            Some(teller) if self.is_host() && def.mode().is_ours() && def.has_dhcp() => server::can_run(teller),
+            _ => Ok(()),
         }
     }
 
@@ -383,7 +391,13 @@ impl Maker {
         }
         self.put_rules(def, bridge)?;
         match self.served(def, bridge) {
-            Some(served) if server::find(&self.folder(def.uuid)).is_none() => self.serve(def.uuid, &served),
+            Some(served) if server::find(&self.folder(def.uuid)).is_none() => {
+                // Guests in it have their addresses all the same.
+                if let Err(why) = self.can_hear(def) {
+                    tracing::warn!(network = %def.name, %why, "its leases are not told");
+                }
+                self.serve(def.uuid, &served)
+            }
             _ => Ok(()),
         }
     }
@@ -419,6 +433,9 @@ impl Maker {
         };
         let same = fs::read_to_string(folder.join("dnsmasq.conf")).is_ok_and(|config| config == served.config);
         if !same || server::find(&folder).is_none() {
+            if !from.has_dhcp() {
+                self.can_hear(to)?;
+            }
             server::stop(&folder);
             return self.serve(to.uuid, &served);
         }

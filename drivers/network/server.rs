@@ -6,7 +6,8 @@ use super::serve::USER;
 use crate::host::own_file::{self, replace, replace_json};
 use crate::host::process::{Identity, kill};
 use crate::host::ready::ready_by;
-use crate::host::tap::output_within;
+use crate::host::tap::{finished, output_within};
+use nix::unistd::User;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -14,7 +15,9 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// How long it may take to read its files again: some milliseconds are usual.
@@ -59,10 +62,32 @@ fn argument(folder: &Path) -> String {
 
 /// Gives it a file that it, or what it runs, writes to.
 fn give(file: &Path) -> io::Result<()> {
-    match nix::unistd::User::from_name(USER) {
-        Ok(Some(user)) => nix::unistd::chown(file, Some(user.uid), Some(user.gid)).map_err(io::Error::from),
-        _ => Err(io::Error::other(format!("there is no user '{USER}' (Debian makes it with dnsmasq-base)"))),
-    }
+    let user = user()?;
+    Ok(nix::unistd::chown(file, Some(user.uid), Some(user.gid))?)
+}
+
+/// Whom it becomes, where it is root's at first.
+fn user() -> io::Result<User> {
+    let none = || io::Error::other(format!("there is no user '{USER}' (Debian makes it with dnsmasq-base)"));
+    User::from_name(USER).ok().flatten().ok_or_else(none)
+}
+
+/// Has the user that it becomes run what it is to run when it has given an address. That tells nobody. Error: it cannot, so that
+/// nobody would be told of addresses. Blocks for moments.
+pub fn can_run(teller: &Path) -> io::Result<()> {
+    let user = user()?;
+    let mut command = Command::new(teller);
+    command.env_clear().env(TOLD, "/dev/null").current_dir("/").uid(user.uid.as_raw()).gid(user.gid.as_raw());
+    let why = match finished(&mut command) {
+        Ok(done) if done.status.success() => return Ok(()),
+        Ok(done) => format!("{}: {}", done.status, String::from_utf8_lossy(&done.stderr).trim()),
+        Err(error) => error.to_string(),
+    };
+    Err(io::Error::other(format!(
+        "dnsmasq's user '{USER}' cannot run {}, by which virtd hears who has which address: {why}; let everybody pass through the \
+         folders above it, or install virtd where everybody may",
+        teller.display()
+    )))
 }
 
 /// Writes a file that it reads.

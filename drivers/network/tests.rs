@@ -471,6 +471,42 @@ async fn what_is_in_the_way_is_named_and_nothing_is_left() {
     assert!(run("ip -o link show br7").contains("br7"), "it was there before");
 }
 
+/// virtd in a home that is closed: dnsmasq would give addresses, and nobody would be told.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_network_whose_leases_could_not_be_told_is_not_started() {
+    if !is_inside("network::tests::a_network_whose_leases_could_not_be_told_is_not_started") {
+        return;
+    }
+    let (house, mode) = (House::new(), std::os::unix::fs::PermissionsExt::from_mode);
+    let closed = house.dir.path().join("closed");
+    std::fs::create_dir(&closed).unwrap();
+    let teller = closed.join("teller");
+    std::fs::copy(house.dir.path().join("teller"), &teller).unwrap();
+    std::fs::set_permissions(&closed, mode(0o700)).unwrap();
+    let networks = HostNetworks::new(house.dir.path(), house.dir.path(), Some(teller.clone()));
+    let def = complete(&home(), &networks).await;
+    for start in [networks.can_start(&def).await, networks.start(&def, 7).await] {
+        let why = start.unwrap_err().to_string();
+        let words = ["'home'", "'dnsmasq'", teller.to_str().unwrap(), "Permission denied", "pass through the folders"];
+        assert!(words.iter().all(|word| why.contains(word)), "{why}");
+    }
+    assert_eq!(there(), (false, false, false));
+
+    // Without addresses to give there is nothing to be told; nor are any given later.
+    let silent = format!("{}</ip></network>", home().split("<dhcp>").next().unwrap());
+    let silent = complete(&silent, &networks).await;
+    networks.start(&silent, 7).await.unwrap();
+    let range = Change::read(Verb::AddLast, Section::DhcpRange, None, "<range start='10.77.0.50' end='10.77.0.60'/>");
+    let more = silent.changed(&range.unwrap()).unwrap();
+    let why = networks.change(&more).await.unwrap_err().to_string();
+    assert!(why.contains("Permission denied"), "{why}");
+    assert_eq!(networks.problems(&silent).await, Ok(Vec::new()), "it is as it was");
+    std::fs::set_permissions(&closed, mode(0o711)).unwrap();
+    networks.change(&more).await.unwrap();
+    networks.stop(silent.uuid).await.unwrap();
+    assert_eq!(there(), (false, false, false));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn all_modes_and_both_families_are_made_and_taken_away() {
     if !is_inside("network::tests::all_modes_and_both_families_are_made_and_taken_away") {

@@ -203,7 +203,7 @@ impl Daemon {
         assert!(self.virtd.is_none(), "one virtd at a time");
         let log =
             std::fs::File::options().create(true).append(true).open(self.folder.path().join("virtd.log")).unwrap();
-        let virtd = std::env::var("VIRTD").unwrap_or_else(|_| env!("CARGO_BIN_EXE_virtd").to_owned());
+        let virtd = self.program();
         let mut command = match self.user {
             None => self.inside(&virtd),
             Some(user) => {
@@ -234,6 +234,21 @@ impl Daemon {
         };
         assert!(named, "virtd did not take its name:\n{}", self.log());
         self.virtd = Some(virtd);
+    }
+
+    /// virtd's program where whoever is to run it may: its network's dnsmasq, or a user without rights. Where it was built may be a
+    /// home that is closed, and it is copied then.
+    fn program(&self) -> String {
+        let built = PathBuf::from(std::env::var_os("VIRTD").unwrap_or_else(|| env!("CARGO_BIN_EXE_virtd").into()));
+        let built = std::fs::canonicalize(&built).unwrap_or_else(|error| panic!("{}: {error}", built.display()));
+        let is_open = |path: &Path| std::fs::metadata(path).is_ok_and(|data| data.permissions().mode() & 0o001 != 0);
+        let is_open = built.ancestors().all(is_open);
+        let program = if is_open { built.clone() } else { self.folder.path().join("virtd") };
+        if !program.exists() {
+            std::fs::copy(&built, &program).unwrap();
+            std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        program.to_str().expect("text").to_owned()
     }
 
     async fn name_appears(&self) {
