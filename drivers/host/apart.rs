@@ -24,7 +24,7 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{OnceLock, PoisonError, RwLock};
+use std::sync::{OnceLock, PoisonError, RwLock, mpsc};
 
 /// Descriptors of virtd's own there are at most so many; fewer where it may have fewer in all.
 const MOST_OWN: u64 = 1 << 15;
@@ -196,6 +196,36 @@ pub fn without<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Resu
         let thread = std::thread::Builder::new().name("maker".into());
         let thread = thread.spawn_scoped(scope, || leave().and_then(|_left| work()))?;
         thread.join().map_err(|_| io::Error::other("the thread that makes a process failed"))?
+    })
+}
+
+/// Has `make` make a process in a thread that has left, and gives the process to `follow`. The thread lives until `follow` has
+/// returned, for a process may end with the thread that made it; by then it has let go of all that it has open, and what it was
+/// `given` is dropped where that was opened: nobody but the process has it. Blocks.
+pub fn made<G: Send, P: Send, T>(
+    mut given: G,
+    make: impl FnOnce(&mut G) -> io::Result<P> + Send,
+    follow: impl FnOnce(P) -> io::Result<T>,
+) -> io::Result<T> {
+    let (tell, is_made) = mpsc::channel();
+    let (done, until_done) = mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let making = move || {
+            let process = leave().and_then(|left| {
+                let process = make(&mut given);
+                left.let_go();
+                process
+            });
+            let _ = tell.send((process, given));
+            let _ = until_done.recv();
+        };
+        std::thread::Builder::new().name("maker".into()).spawn_scoped(scope, making)?;
+        let failed = |_| io::Error::other("the thread that makes a process failed");
+        let (process, given) = is_made.recv().map_err(failed)?;
+        drop(given);
+        let followed = process.and_then(follow);
+        drop(done);
+        followed
     })
 }
 

@@ -5,13 +5,14 @@
 
 use super::access::{LentFile, Want};
 use super::apart;
+use super::behind::{self, Behind};
 use super::lender::Lender;
 use super::resolve::Found;
 use super::secret::handed;
 use super::threads;
 use super::tool::{Bounds, tame};
 use super::user::RunAs;
-use super::wall::{self, Maker, Wall};
+use super::wall::{self, Wall};
 use super::workers::Stop;
 use rustix::fs::FileType;
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
@@ -20,8 +21,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
-use std::os::unix::process::CommandExt;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -392,46 +392,10 @@ pub(super) fn failure(text: String) -> DriverError {
     if full { DriverError::NoSpace(text) } else { DriverError::Storage(text) }
 }
 
-/// How a tool comes behind its wall.
-pub(super) enum Behind {
-    /// By the thread that starts it.
-    ByThread(Wall),
-    /// By itself, which says here why it could not.
-    ByItself(Words),
-    /// Nobody here can make one.
-    Nothing,
-}
-
-impl Behind {
-    /// For the thread that starts the tool, one of [`apart::leave`], before it does.
-    pub(super) fn enter(&self) -> io::Result<()> {
-        match self {
-            Behind::ByThread(wall) => wall.enter(None),
-            _ => Ok(()),
-        }
-    }
-
-    /// Why the tool was not started.
-    pub(super) fn why(&self, error: io::Error) -> io::Error {
-        match self {
-            Behind::ByItself(words) => words.told().unwrap_or(error),
-            _ => error,
-        }
-    }
-}
-
 impl Images {
     /// Has a tool that is about to be started run by these rights, within these bounds, behind its wall.
     pub(super) fn confine(&self, command: &mut Command, bounds: Bounds) -> io::Result<Behind> {
-        tame(command, self.lender.user().map(Into::into), bounds);
-        Ok(match self.lender.user() {
-            Some(_) => Behind::ByThread(self.wall()),
-            None if wall::obstacle().is_some() => Behind::Nothing,
-            None => {
-                let wall = Wall { maker: Maker::Own, no_processes: true, ..self.wall() };
-                Behind::ByItself(wall_in(command, wall)?)
-            }
-        })
+        behind::confine(command, self.lender.user(), self.wall(), bounds)
     }
 
     /// Behind which the tool runs: it finds what is lent now.
@@ -497,33 +461,6 @@ pub(super) fn node(chain: &[(PathBuf, String)]) -> Value {
         below = node;
     }
     below
-}
-
-/// What a child says in our memory before it runs its program.
-pub(super) struct Words(File);
-
-impl Words {
-    /// What it said, if it failed.
-    fn told(&self) -> Option<io::Error> {
-        let (mut text, mut from) = (String::new(), &self.0);
-        let read = from.rewind().and_then(|()| from.read_to_string(&mut text));
-        (read.is_ok() && !text.is_empty()).then(|| io::Error::other(text))
-    }
-}
-
-/// The program will run behind that wall, of our own making; what of it could not be made is told in what is returned.
-fn wall_in(command: &mut Command, wall: Wall) -> io::Result<Words> {
-    let words = File::from(rustix::fs::memfd_create("wall", rustix::fs::MemfdFlags::CLOEXEC)?);
-    let theirs = words.try_clone()?;
-    // SAFETY: what is done between fork and exec is what `wall::fork` says.
-    unsafe {
-        command.pre_exec(move || {
-            wall.enter_process().inspect_err(|why| {
-                let _ = (&theirs).write_all(why.to_string().as_bytes());
-            })
-        });
-    }
-    Ok(Words(words))
 }
 
 /// Runs it to its end, or until it is told to stop; `writes`: it is given time then to end in order. In a thread without guests'

@@ -4,6 +4,7 @@
 pub mod access;
 pub(crate) mod acl;
 pub mod apart;
+mod behind;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod cgroup;
 #[allow(clippy::disallowed_methods, reason = "opens what has been found, by its descriptor")]

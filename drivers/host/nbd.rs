@@ -16,7 +16,7 @@ use super::ready::ready_by;
 use super::tool::Bounds;
 use super::workers::PATIENCE;
 use rustix::net::{RecvFlags, recv};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::json;
 use std::fs::File;
 use std::io::{self, Read};
@@ -25,7 +25,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError, mpsc};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use virt_model::driver::DriverError;
 
@@ -69,9 +69,12 @@ impl Export {
         command.stdin(Stdio::from(listener)).stdout(Stdio::null()).stderr(Stdio::from(says));
         let behind = self.images.confine(&mut command, SERVER).map_err(failed)?;
         ends_with_its_maker(&mut command);
-        let enter = || behind.enter();
+        let start = |command: &mut Command| behind.enter().and_then(|()| start(command));
         // What it was given is closed here when it runs: nobody else is to have the server's ends.
-        let served = made(command, enter, |pid| follow(pid, connected, said, stop, ready));
+        let served = apart::made(command, start, |pid| {
+            let server = Server(process::adopt(pid)?);
+            Ok(follow(server, connected, said, stop, ready))
+        });
         served.map_err(|e| failed(behind.why(e)))?.map_err(|words| {
             let path = self.chain.first().map_or(Path::new("/"), |(path, _)| path);
             let words = words.trim().trim_start_matches("qemu-storage-daemon: ");
@@ -138,53 +141,21 @@ fn ends_with_its_maker(command: &mut Command) {
     }
 }
 
-/// Makes a process in a thread that has nothing else open, and lives until `follow` has returned.
-fn made<T>(
-    mut command: Command,
-    enter: impl FnOnce() -> io::Result<()> + Send,
-    follow: impl FnOnce(Pid) -> T,
-) -> io::Result<T> {
-    let (made, is_made) = mpsc::channel();
-    let (done, until_done) = mpsc::channel::<()>();
-    std::thread::scope(|scope| {
-        let starting = move || {
-            let begun = apart::leave().and_then(|left| {
-                let begun = enter().and_then(|()| start(&mut command));
-                left.let_go();
-                begun
-            });
-            // It is dropped where its files were opened.
-            let _ = made.send((begun, command));
-            let _ = until_done.recv();
-        };
-        std::thread::Builder::new().name("maker".into()).spawn_scoped(scope, starting)?;
-        let failed = |_| io::Error::other("the thread that makes a process failed");
-        let (begun, command) = is_made.recv().map_err(failed)?;
-        drop(command);
-        let followed = begun.map(follow);
-        drop(done);
-        followed
-    })
-}
-
 #[allow(clippy::disallowed_methods, reason = "without guests' files")]
-fn start(command: &mut Command) -> io::Result<Pid> {
+fn start(command: &mut Command) -> io::Result<i32> {
     // It is reaped by who follows it.
     #[allow(clippy::zombie_processes)]
-    command.spawn().map(|child| Pid::from_child(&child))
+    command.spawn().map(|child| child.id().cast_signed())
 }
 
 /// Follows the server to its end. Inner error: its last words, if it does not serve.
 fn follow(
-    pid: Pid,
+    server: Server,
     connected: Connected,
     said: OwnedFd,
     stop: &OwnedFd,
     ready: impl FnOnce(OwnedFd),
 ) -> Result<(), String> {
-    // Not reaped yet, so the number is still its own.
-    let server = pidfd_open(pid, PidfdFlags::empty()).map_err(|e| e.to_string())?;
-    let server = Server(server);
     let Connected { client, watch } = connected;
     match first_of([client.as_fd(), server.0.as_fd(), stop.as_fd()], Some(PATIENCE)).map_err(|e| e.to_string())? {
         Some(0) if is_greeted(&client) => {}

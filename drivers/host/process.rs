@@ -2,7 +2,8 @@
 
 use super::ready::ready_by;
 use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, pidfd_send_signal, waitid,
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitOptions, kill_process, kill_process_group, pidfd_open,
+    pidfd_send_signal, waitid, waitpid,
 };
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -124,6 +125,16 @@ impl Process {
     }
 }
 
+/// Takes hold of a child that nobody has reaped, so that the number is still its own. On error it is killed and reaped.
+pub fn adopt(pid: i32) -> io::Result<OwnedFd> {
+    let named = Pid::from_raw(pid).ok_or_else(|| io::Error::other("no process was made"))?;
+    let held = pidfd_open(named, PidfdFlags::empty());
+    if held.is_err() {
+        let _ = (kill_process(named, Signal::KILL), waitpid(Some(named), WaitOptions::empty()));
+    }
+    Ok(held?)
+}
+
 /// Reaps an ended child; no-one else may have reaped it.
 pub fn reap(fd: &OwnedFd) -> End {
     match waitid(WaitId::PidFd(fd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
@@ -205,6 +216,26 @@ mod tests {
         assert!(identity.open().unwrap().is_some());
         drop(child.stdin.take());
         child.wait().unwrap();
+    }
+
+    /// Where there is no descriptor for it, nobody would wait for it.
+    #[test]
+    #[allow(clippy::zombie_processes)]
+    fn a_child_that_cannot_be_held_is_not_left() {
+        let child = sleeper();
+        let pid = child.id().cast_signed();
+        let none_left = || {
+            use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
+            let none = SeccompAction::Errno(libc::EMFILE.cast_unsigned());
+            let rules = [(libc::SYS_pidfd_open, Vec::new())].into();
+            let arch = std::env::consts::ARCH.try_into().unwrap();
+            let filter = SeccompFilter::new(rules, SeccompAction::Allow, none, arch).unwrap();
+            apply_filter(&BpfProgram::try_from(filter).unwrap()).unwrap();
+            adopt(pid).unwrap_err()
+        };
+        let why = std::thread::scope(|scope| scope.spawn(none_left).join().unwrap());
+        assert_eq!(why.raw_os_error(), Some(libc::EMFILE), "{why}");
+        assert!(!Path::new("/proc").join(pid.to_string()).exists(), "neither it nor a zombie");
     }
 
     #[test]

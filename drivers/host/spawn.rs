@@ -13,13 +13,12 @@
 
 use super::apart;
 use super::files::Program;
-use super::process::{Identity, kill};
+use super::process::{self, Identity, kill};
 use super::ready::ready_by;
 use super::tool::limit;
 use super::user::RunAs;
 use super::wall::{self, Ground, Maker, Wall};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -27,7 +26,6 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr;
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 /// What to run.
@@ -180,7 +178,8 @@ pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -
             wall.enter(ground).and_then(|()| prepared.fork()).map_err(|e| unwalled(&program, &e))
         }
     };
-    made(prepared, fork, release)
+    // Until it is told to go, the child dies with the thread that made it.
+    apart::made(prepared, |prepared| fork(prepared), release)
 }
 
 /// What the child says until its program runs.
@@ -206,48 +205,16 @@ fn unwalled(program: &Path, why: &dyn std::fmt::Display) -> io::Error {
     io::Error::other(format!("{} cannot be walled in: {why}", program.display()))
 }
 
-/// Makes the child in a thread without guests' files. That lives until `release` has returned: until it is told to go, the child
-/// dies with it.
-fn made<T>(
-    prepared: Prepared,
-    fork: impl FnOnce(&Prepared) -> io::Result<libc::pid_t> + Send,
-    release: impl FnOnce(libc::pid_t) -> io::Result<T>,
-) -> io::Result<T> {
-    let (made, is_made) = mpsc::channel();
-    let (done, until_done) = mpsc::channel::<()>();
-    std::thread::scope(|scope| {
-        let forking = move || {
-            let forked = apart::leave().and_then(|left| {
-                let forked = fork(&prepared);
-                // The child's ends of its pipes are its own.
-                left.let_go();
-                forked
-            });
-            // What it was given is closed where it was opened.
-            let _ = made.send((forked, prepared));
-            let _ = until_done.recv();
-        };
-        std::thread::Builder::new().name("maker".into()).spawn_scoped(scope, forking)?;
-        let failed = |_| io::Error::other("the thread that makes a process failed");
-        let (pid, given) = is_made.recv().map_err(failed)?;
-        drop(given);
-        let released = pid.and_then(release);
-        drop(done);
-        released
-    })
-}
-
-/// Takes hold of a child that waits for us.
+/// Takes hold of a child.
 fn adopt(pid: libc::pid_t) -> io::Result<Spawned> {
-    let named = Pid::from_raw(pid).ok_or_else(|| io::Error::other("fork returned no process"))?;
-    let held = pidfd_open(named, PidfdFlags::empty()).map_err(io::Error::from);
-    let held = held.and_then(|fd| Ok(Spawned { identity: Identity::of(pid)?, fd }));
-    if held.is_err() {
-        // Not reaped yet, so the number is still the child's.
-        let _ = rustix::process::kill_process(named, rustix::process::Signal::KILL);
-        let _ = rustix::process::waitpid(Some(named), rustix::process::WaitOptions::empty());
+    let fd = process::adopt(pid)?;
+    match Identity::of(pid) {
+        Ok(identity) => Ok(Spawned { identity, fd }),
+        Err(error) => {
+            kill(&fd);
+            Err(error)
+        }
     }
-    held
 }
 
 /// A child that is killed unless it is released.

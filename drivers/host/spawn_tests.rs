@@ -4,6 +4,7 @@ use super::*;
 use crate::host::access::LentFile;
 use crate::host::process::{End, Process, reap};
 use crate::host::test_program::script;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::os::unix::net::UnixListener;
 
 fn plan<'a>(args: &'a [String], env: &'a [(String, String)], output: &'a File) -> Plan<'a> {
