@@ -27,14 +27,14 @@ impl FilterPlan {
         let mut plan = FilterPlan::default();
         let said = filter.macs(FilterVariable::Mac);
         let macs = if said.is_empty() { vec![mac] } else { said };
-        let known = Known {
+        let of = Operands {
             mac: macs.first().copied().unwrap_or(mac),
             macs: set(&macs),
             ips: set(&filter.addresses(FilterVariable::Ip)),
             dhcp_servers: set(&filter.addresses(FilterVariable::DhcpServer)),
             gateways: set(&filter.macs(FilterVariable::GatewayMac)),
         };
-        plan.add(filter.name, &known);
+        plan.add(filter.name, &of);
         plan
     }
 
@@ -51,27 +51,27 @@ impl FilterPlan {
         self.to(rule);
     }
 
-    fn all(&mut self, filters: &[FilterName], known: &Known) {
-        filters.iter().for_each(|filter| self.add(*filter, known));
+    fn all(&mut self, filters: &[FilterName], of: &Operands) {
+        filters.iter().for_each(|filter| self.add(*filter, of));
     }
 
     /// Adds what a filter says, in the order in which libvirt has it looked at.
-    fn add(&mut self, filter: FilterName, known: &Known) {
+    fn add(&mut self, filter: FilterName, of: &Operands) {
         use FilterName as F;
-        let Known { mac, macs, ips, dhcp_servers, gateways } = known;
+        let Operands { mac, macs, ips, dhcp_servers, gateways } = of;
         match filter {
             F::CleanTraffic => {
-                self.all(&[F::NoMacSpoofing, F::NoIpSpoofing], known);
+                self.all(&[F::NoMacSpoofing, F::NoIpSpoofing], of);
                 self.from("ether type ip accept");
-                self.all(&[F::AllowIncomingIpv4, F::NoArpSpoofing, F::AllowArp, F::QemuAnnounceSelf], known);
-                self.add(F::NoOtherL2Traffic, known);
+                self.all(&[F::AllowIncomingIpv4, F::NoArpSpoofing, F::AllowArp, F::QemuAnnounceSelf], of);
+                self.add(F::NoOtherL2Traffic, of);
             }
             F::CleanTrafficGateway => {
-                self.all(&[F::NoMacSpoofing, F::NoIpSpoofing, F::NoArpSpoofing, F::AllowArp], known);
-                self.add(F::QemuAnnounceSelfRarp, known);
+                self.all(&[F::NoMacSpoofing, F::NoIpSpoofing, F::NoArpSpoofing, F::AllowArp], of);
+                self.add(F::QemuAnnounceSelfRarp, of);
                 self.to(format!("ether saddr {gateways} accept"));
                 self.from(format!("ether daddr {gateways} accept"));
-                self.add(F::NoOtherL2Traffic, known);
+                self.add(F::NoOtherL2Traffic, of);
             }
             F::NoMacSpoofing => self.from(format!("ether saddr != {macs} drop")),
             F::NoIpSpoofing => {
@@ -79,7 +79,7 @@ impl FilterPlan {
                 self.from("ether type ip ip saddr 0.0.0.0 ip protocol != udp drop");
                 self.from(format!("ether type ip ip saddr != 0.0.0.0 ip saddr != {ips} drop"));
             }
-            F::NoArpSpoofing => self.all(&[F::NoArpMacSpoofing, F::NoArpIpSpoofing], known),
+            F::NoArpSpoofing => self.all(&[F::NoArpMacSpoofing, F::NoArpIpSpoofing], of),
             F::NoArpMacSpoofing => self.from(format!("ether type arp arp saddr ether != {macs} drop")),
             F::NoArpIpSpoofing => self.from(format!("ether type arp arp saddr ip != {ips} drop")),
             F::NoMacBroadcast => self.from("ether type ip ether daddr ff:ff:ff:ff:ff:ff drop"),
@@ -98,7 +98,7 @@ impl FilterPlan {
             F::QemuAnnounceSelf => {
                 // What an old QEMU sends in place of RARP.
                 self.from("ether type 0x0835 accept");
-                self.all(&[F::QemuAnnounceSelfRarp, F::NoOtherRarpTraffic], known);
+                self.all(&[F::QemuAnnounceSelfRarp, F::NoOtherRarpTraffic], of);
             }
             F::QemuAnnounceSelfRarp => {
                 let announced = announcement(*mac);
@@ -142,7 +142,7 @@ impl FilterPlan {
 const RARP: &str = "0x8035";
 
 /// What a filter's rules speak of, as nft reads it.
-struct Known {
+struct Operands {
     mac: Mac,
     macs: String,
     ips: String,

@@ -11,6 +11,14 @@ use std::path::{Path, PathBuf};
 
 pub use virt_model::nodedev::VFIO;
 
+/// Where the kernel has a file for each IOMMU group that is handed over, and one for all.
+pub const VFIO_NODES: &str = "/dev/vfio";
+
+/// The one for all.
+pub fn vfio_of_all() -> PathBuf {
+    Path::new(VFIO_NODES).join("vfio")
+}
+
 /// Drivers of which the kernel knows that they do not touch memory; a device without a driver does not either.
 const HARMLESS: [&str; 4] = [VFIO, "pci-stub", "pcieport", "shpchp"];
 

@@ -1,8 +1,9 @@
 //! Threads for work on guests' files, which may be on a file system that never answers.
 //!
 //! Nothing that follows the path of a guest's file runs on a thread of the runtime, or of its pool for blocking work: it
-//! runs here, as one errand with a time limit, and comes back as a value. Each machine has few threads of its own. One that
-//! does not come back stays with its machine, whose further errands are refused until it does; other machines go on.
+//! runs here, as one errand with a time limit, and comes back as a value. Each machine has few places, for errands at a
+//! time; the threads are kept for all (`threads`). One that does not come back keeps its machine's place, whose further
+//! errands are refused until it does; other machines go on.
 //!
 //! ```text
 //!   run ─▶ a place among the machine's own ─▶ thread ─▶ its result
@@ -38,7 +39,7 @@ pub fn patience(bytes: u64) -> Duration {
     PATIENCE + Duration::from_secs(bytes / SLOWEST)
 }
 
-/// The threads of all machines. Clones share them.
+/// The places of all machines. Clones share them.
 #[derive(Clone, Default)]
 pub struct Workers(Arc<Mutex<HashMap<Uuid, Arc<Machine>>>>);
 

@@ -13,7 +13,7 @@ mod read;
 mod uevent;
 mod uses;
 
-use crate::host::pci::{Pci, VFIO};
+use crate::host::pci::{Pci, VFIO, VFIO_NODES};
 use crate::host::workers::blocking;
 use crate::qemu::Claims;
 use async_trait::async_trait;
@@ -52,7 +52,7 @@ impl Host {
             proc: PathBuf::from("/proc"),
             udev: PathBuf::from("/run/udev"),
             lists: ["/usr/share/hwdata", "/usr/share/misc"].map(PathBuf::from).into(),
-            vfio: PathBuf::from("/dev/vfio"),
+            vfio: PathBuf::from(VFIO_NODES),
         }
     }
 

@@ -38,9 +38,6 @@ pub enum Change {
     },
     /// A network device was made.
     Made(Macvtap),
-    /// What passes some of its cards is filtered: that is made with the devices, and taken away by
-    /// [`super::instance::Leavings::clear`] when they have gone.
-    Filtered,
 }
 
 impl Change {
@@ -54,7 +51,6 @@ impl Change {
                 let what = "the address and VLAN of the host's card cannot be set";
                 function.hold(terms).map_err(|e| DriverError::Unsupported(format!("{what}: {e}")))
             }
-            Change::Filtered => Ok(()),
             Change::Made(link) => {
                 let what = format!("no network device '{}' on '{}'", link.name, link.below);
                 link.make().map_err(|e| DriverError::Hypervisor(format!("{what}: {e}")))
@@ -67,10 +63,17 @@ impl Change {
             Change::Detached { pci, driven } => Pci::below(sysfs).give_back(pci, *driven),
             Change::Held { function, before, .. } => function.hold(before),
             Change::Made(link) => link.remove(),
-            // Where its cards are is known to whoever clears up after it.
-            Change::Filtered => Ok(()),
         }
     }
+}
+
+/// What is to be undone on the host when a guest has gone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Undoing {
+    /// What was changed, in this order.
+    pub changes: Vec<Change>,
+    /// What passes some of its cards was filtered: that is made with the devices, and swept away when they have gone.
+    pub filtered: bool,
 }
 
 /// Undoes all, the last first. What cannot be undone is logged. Blocks.

@@ -6,7 +6,7 @@
 
 use super::adjust::vcpus;
 use super::agent::{self, Port};
-use super::changes::Change;
+use super::changes::Undoing;
 use super::companion::{Companions, Living, end_all};
 use super::consoles::Consoles;
 use super::events::{Guest, condition};
@@ -65,7 +65,7 @@ impl Search {
                 tracing::error!(uuid = %self.leavings.uuid, %error, "the guest's record cannot be read; its monitor is looked at");
                 match self.unnoted().await? {
                     Some(record) => record,
-                    None => return self.gone::<Living>(&[], Vec::new()).await,
+                    None => return self.gone::<Living>(&[], Undoing::default()).await,
                 }
             }
         };
@@ -74,7 +74,7 @@ impl Search {
         let living =
             living.map_err(|e| DriverError::Internal(format!("cannot look for the guest's processes: {e}")))?;
         let (qemu, companions) = living;
-        let Some(fd) = qemu else { return self.gone(&companions, record.all_changes()).await };
+        let Some(fd) = qemu else { return self.gone(&companions, record.undoing()).await };
         let process = Process::new(fd);
         let process = process.map_err(|e| DriverError::Internal(format!("cannot watch QEMU: {e}")))?;
         self.adopt(record, process, companions).await
@@ -98,6 +98,7 @@ impl Search {
             companions: Vec::new(),
             host_parts: Vec::new(),
             changes: Vec::new(),
+            filtered: false,
             claims: Vec::new(),
             rebooting: false,
             frozen: false,
@@ -115,11 +116,11 @@ impl Search {
     async fn gone<L: Borrow<Living>>(
         self,
         companions: &[L],
-        changes: Vec<Change>,
+        undoing: Undoing,
     ) -> Result<Option<Reconnected>, DriverError> {
         end_all(companions).await;
         let leavings = self.leavings.clone();
-        match timeout(CLEARING, blocking(move || leavings.clear(&changes))).await {
+        match timeout(CLEARING, blocking(move || leavings.clear(&undoing))).await {
             Ok(cleared) => cleared?,
             Err(_) => {
                 tracing::warn!(uuid = %self.leavings.uuid, "giving back the guest's files takes long and goes on in the background");
@@ -152,7 +153,7 @@ impl Search {
         };
         let contact = tokio::select! {
             contact = caller.call(CONTACT) => contact,
-            _ = process.ended() => return self.gone(&companions, record.all_changes()).await,
+            _ = process.ended() => return self.gone(&companions, record.undoing()).await,
         };
         let rebooting = record.rebooting;
         let loaded = (record.phase == Phase::Loaded)
@@ -163,8 +164,8 @@ impl Search {
             Err(error) => {
                 // One that is just dying closes its monitor first.
                 if timeout(DYING, body.process.ended()).await.is_ok() {
-                    let changes = body.keeper.close();
-                    return self.gone(&body.companions.close(), changes).await;
+                    let undoing = body.keeper.close();
+                    return self.gone(&body.companions.close(), undoing).await;
                 }
                 tracing::warn!(uuid = %body.uuid, %error, "QEMU runs and does not answer; its monitor is sought on");
                 return Ok(Some(sought(body, caller, loaded, self.found.last)));

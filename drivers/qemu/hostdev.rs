@@ -6,7 +6,7 @@ use super::changes::{Change, Claims, HostPart};
 use super::plan::{Expected, HostFile, Tap};
 use crate::host::files::Program;
 use crate::host::macvtap::{self, Macvtap};
-use crate::host::pci::{Pci, VFIO};
+use crate::host::pci::{Pci, VFIO, VFIO_NODES, vfio_of_all};
 use crate::host::tool::Tool;
 use crate::host::usb::{self, UsbName};
 use crate::host::vf::{Function, Terms};
@@ -24,8 +24,6 @@ use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::xml::{Finding, Place};
 
-/// Where the kernel has a file for each IOMMU group that is handed over, and one for all.
-pub const VFIO_NODES: &str = "/dev/vfio";
 /// How long the host may take to settle down after a device has changed its driver.
 const SETTLED: Duration = Duration::from_secs(10);
 
@@ -194,7 +192,7 @@ pub fn plan(def: &DomainDef, sysfs: &Path, parts: &mut [HostPart]) -> Result<(),
             part.changes.push(Change::Detached { pci: device.address.clone(), driven: driver.is_some() });
         }
         let group = pci.group(&device.address).unwrap_or_default();
-        part.files.extend([Path::new(VFIO_NODES).join(group), Path::new(VFIO_NODES).join("vfio")]);
+        part.files.extend([Path::new(VFIO_NODES).join(group), vfio_of_all()]);
     }
     Ok(())
 }

@@ -4,7 +4,7 @@
 //! guest had, and reports `Exited` as the last thing.
 
 use super::agent::{self, Port};
-use super::changes::{Change, Claims, SYSFS, undo};
+use super::changes::{Claims, SYSFS, Undoing, undo};
 use super::companion::{Companions, GRACE, Living, end_all, how};
 use super::consoles::Consoles;
 use super::log::Log;
@@ -13,13 +13,14 @@ use super::plan::Loss;
 use super::qmp::{COMMAND_TIMEOUT, Qmp};
 use super::record::Keeper;
 use super::report::Reporter;
-use super::tap::sweep_filters;
 use crate::agent::{Agent, PowerChange};
 use crate::host::access::Ledger;
+use crate::host::filter;
 use crate::host::process::{End, Process};
 use crate::host::usage::ThreadNumbers;
 use crate::host::workers::blocking;
 use crate::network::OwnNetwork;
+use crate::network::inside::Request;
 use async_trait::async_trait;
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -133,16 +134,11 @@ impl Leavings {
 
     /// Gives back devices, removes sockets, then gives back files: those may be on a file system that does not answer, and
     /// nothing else waits for it. Blocks.
-    pub fn clear(&self, changes: &[Change]) {
-        undo(changes, Path::new(SYSFS), self.uuid);
+    pub fn clear(&self, undoing: &Undoing) {
+        undo(&undoing.changes, Path::new(SYSFS), self.uuid);
         self.claims.release(self.uuid);
-        if changes.contains(&Change::Filtered) {
-            match &self.own_network {
-                None => sweep_filters(None),
-                Some(own) if own.holder().is_some() => sweep_filters(Some(own)),
-                // They have gone with the namespaces; on the host such a guest has none.
-                Some(_) => {}
-            }
+        if undoing.filtered {
+            self.sweep_filters();
         }
         self.own_network.iter().for_each(OwnNetwork::is_left);
         super::tune::clear(self.uuid);
@@ -153,6 +149,19 @@ impl Leavings {
         if let Some(ledger) = &self.ledger {
             ledger.give_back(self.uuid);
         }
+    }
+
+    /// Takes away the filters of cards that have gone. Blocks.
+    pub fn sweep_filters(&self) {
+        let swept = match &self.own_network {
+            None => filter::sweep().map_err(|error| error.to_string()),
+            Some(own) if own.holder().is_some() => {
+                own.ask(&Request::SweepFilters).map(drop).map_err(|error| error.to_string())
+            }
+            // They have gone with the namespaces; on the host such a guest has none.
+            Some(_) => Ok(()),
+        };
+        swept.unwrap_or_else(|why| tracing::warn!(uuid = %self.uuid, %why, "filters of cards that have gone stay"));
     }
 }
 

@@ -6,7 +6,7 @@ use crate::host::pci::VFIO;
 use crate::host::pci::tests::host as pci_host;
 use crate::host::process::Identity;
 use crate::network::tests::{is_inside, run};
-use crate::qemu::changes::HostPart;
+use crate::qemu::changes::{Change, HostPart, Undoing};
 use crate::qemu::companion::Recorded;
 use crate::qemu::events::Guest;
 use crate::qemu::record::{Phase, Record};
@@ -89,6 +89,7 @@ async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Pe
         companions: Vec::new(),
         host_parts: Vec::new(),
         changes: Vec::new(),
+        filtered: false,
         claims: Vec::new(),
         rebooting: false,
         frozen: false,
@@ -534,7 +535,7 @@ async fn a_card_is_the_hosts_again_with_the_last_of_its_functions() {
     assert_eq!(gives_up("hostdev0").await, [Path::new("/dev/vfio/7"), Path::new("/dev/vfio/vfio")]);
     assert_eq!(chosen(), ["\n", "\n"]);
     body.leavings.claims.take(other, "other", &group).unwrap();
-    assert_eq!(body.keeper.close(), []);
+    assert_eq!(body.keeper.close(), Undoing::default());
 }
 
 #[tokio::test]
@@ -555,7 +556,7 @@ async fn what_the_host_does_not_have_back_in_time_is_undone_when_the_guest_ends(
     body.keeper.change(move |record| record.host_parts.push(second)).await.unwrap();
     let (both, rest) = body.keeper.without("hostdev0").unwrap();
     assert_eq!((both.unwrap().changes, rest.host_parts), (changes.clone(), Vec::new()));
-    assert_eq!(body.keeper.close(), changes);
+    assert_eq!(body.keeper.close(), Undoing { changes, filtered: false });
     std::fs::write(&choice, "").unwrap();
 }
 
@@ -598,4 +599,5 @@ async fn a_card_that_qemu_does_not_take_leaves_no_filter() {
     let why = plugged.unwrap_err().to_string();
     assert!(why.contains("no card today"), "{why}");
     assert_eq!(filters(), 0);
+    assert!(instance.body().keeper.close().filtered, "it is on record before there is one");
 }

@@ -176,6 +176,7 @@ impl Start {
             companions: Vec::new(),
             host_parts: Vec::new(),
             changes: Vec::new(),
+            filtered: false,
             claims: Vec::new(),
             rebooting: false,
             frozen: false,

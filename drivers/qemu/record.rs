@@ -8,7 +8,7 @@
 //! A guest whose record says neither `loaded` nor `running` was cut off in its start: the next virtd ends it. One that is `loaded` may
 //! have gone on from what was saved of it, which is not used again: the next virtd lets it go on.
 
-use super::changes::{Change, HostPart};
+use super::changes::{Change, HostPart, Undoing};
 use super::companion::Recorded;
 use super::expanded;
 use crate::host::process::Identity;
@@ -58,6 +58,9 @@ pub struct Record {
     /// What an older virtd has changed on the host for it, which did not say for which device.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub changes: Vec<Change>,
+    /// What passes some of its cards is filtered, or is just about to be.
+    #[serde(default)]
+    pub filtered: bool,
     /// What it has to itself by that virtd.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub claims: Vec<String>,
@@ -73,9 +76,10 @@ pub struct Record {
 }
 
 impl Record {
-    /// All that was changed on the host for it, in order.
-    pub fn all_changes(&self) -> Vec<Change> {
-        self.changes.iter().cloned().chain(HostPart::changes_of(&self.host_parts)).collect()
+    /// All that is to be undone when it has gone.
+    pub fn undoing(&self) -> Undoing {
+        let changes = self.changes.iter().cloned().chain(HostPart::changes_of(&self.host_parts)).collect();
+        Undoing { changes, filtered: self.filtered }
     }
 
     /// All that it has of the host's to itself.
@@ -164,8 +168,8 @@ impl Keeper {
 
     /// The guest has gone: nothing is written from now on. What is to be undone is returned. Blocks while something is being
     /// written.
-    pub fn close(&self) -> Vec<Change> {
+    pub fn close(&self) -> Undoing {
         let record = self.record.lock().unwrap_or_else(PoisonError::into_inner).take();
-        record.map(|record| record.all_changes()).unwrap_or_default()
+        record.map(|record| record.undoing()).unwrap_or_default()
     }
 }

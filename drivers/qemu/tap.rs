@@ -15,11 +15,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::capabilities::bridge_helper;
-use super::changes::Change;
 use super::companion::Gifts;
 use super::plan::Tap;
-use super::record::{Keeper, Record};
-use crate::host::filter;
+use super::record::Keeper;
 use crate::host::macvtap::Macvtap;
 use crate::host::tap::TapPlan;
 use crate::host::tool::{Tool, ear};
@@ -106,21 +104,7 @@ pub async fn note_filters(keeper: &Arc<Keeper>, taps: &[Tap]) -> Result<(), Driv
     if taps.iter().all(|tap| tap.plan.filter.is_none()) {
         return Ok(());
     }
-    let note = |record: &mut Record| {
-        if !record.changes.contains(&Change::Filtered) {
-            record.changes.push(Change::Filtered);
-        }
-    };
-    keeper.change(note).await
-}
-
-/// Takes away the filters of devices that have gone, in a user's own network, if there is one, and else on the host. Blocks.
-pub fn sweep_filters(own: Option<&OwnNetwork>) {
-    let swept = match own {
-        Some(own) => own.ask(&Request::SweepFilters).map(drop).map_err(|error| error.to_string()),
-        None => filter::sweep().map_err(|error| error.to_string()),
-    };
-    swept.unwrap_or_else(|why| tracing::warn!(%why, "filters of network devices that have gone stay"));
+    keeper.change(|record| record.filtered = true).await
 }
 
 async fn open_direct(plan: TapPlan, link: Macvtap) -> Result<Vec<OwnedFd>, DriverError> {

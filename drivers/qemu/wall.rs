@@ -3,6 +3,7 @@
 use super::capabilities::KVM;
 use super::plan::{Command, Companion, HostFile, Role};
 use crate::host::access::LentFile;
+use crate::host::pci::{VFIO_NODES, vfio_of_all};
 use crate::host::wall::{Maker, Wall, obstacle};
 use rustix::fs::FileType;
 use std::io;
@@ -206,8 +207,8 @@ fn nodes(def: &DomainDef, files: &[HostFile], lent: &[LentFile]) -> Vec<PathBuf>
     let below = |folder: &str| {
         lent.iter().any(|file| file.path.starts_with(folder)) || files.iter().any(|file| file.path.starts_with(folder))
     };
-    if below("/dev/vfio") {
-        nodes.push("/dev/vfio/vfio".into());
+    if below(VFIO_NODES) {
+        nodes.push(vfio_of_all());
     }
     if !def.devices.audios.is_empty() {
         nodes.extend(["/dev/snd".into(), "/dev/dsp".into()]);

@@ -109,8 +109,10 @@ impl GroundToCome {
 pub fn enter(wall: &Wall, ground: Option<&Ground>) -> io::Result<()> {
     // Only here what was found here can be mounted.
     let trees = trees(wall, Origin::Held)?;
-    let own = ground.is_none().then(Ground::apart).transpose()?;
-    let ground = ground.or(own.as_ref()).ok_or_else(|| io::Error::other("a wall without a ground"))?;
+    let ground = match ground {
+        Some(ground) => ground,
+        None => &Ground::apart()?,
+    };
     ground.enter()?;
     let mut flags = CloneFlags::CLONE_NEWIPC;
     flags.set(CloneFlags::CLONE_NEWNET, !wall.network);

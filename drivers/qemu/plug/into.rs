@@ -22,7 +22,7 @@ use virt_model::domain::DomainDef;
 use virt_model::driver::{Attachment, DriverError};
 
 /// What a device that is plugged in is given beforehand.
-struct Ready {
+struct Provided {
     /// Of the host's devices.
     taking: Taking,
     /// All files.
@@ -47,7 +47,7 @@ impl QemuDriver {
         let parts = new.parts(&started, &caps, &body.leavings.own_dir())?;
         let beside: Vec<Companion> = parts.iter().flat_map(|part| part.companions.clone()).collect();
         let taps: Vec<Tap> = parts.iter().flat_map(|part| part.taps.clone()).collect();
-        let ready = self.make_ready(body, before, (&started, alias), &parts, sysfs).await?;
+        let provided = self.provide(body, before, (&started, alias), &parts, sysfs).await?;
         let mut done = Vec::new();
         let disk = def.disk_named(alias);
         let given = disk.and_then(GivenImage::of);
@@ -57,7 +57,7 @@ impl QemuDriver {
             if let Some((disk, image)) = disk.zip(image) {
                 given::hand_over(body, disk, image).await?;
             }
-            self.do_steps(body, def, (parts, &ready), &mut done).await
+            self.do_steps(body, def, (parts, &provided), &mut done).await
         };
         let link = match plugged.await {
             Ok(link) => link,
@@ -69,7 +69,7 @@ impl QemuDriver {
                 if !matches!(error, DriverError::TimedOut(_)) {
                     self.end_beside(body, &beside).await;
                     leave_what_stays(body, before, def).await;
-                    self.removes_filters(body, alias, &taps).await;
+                    body.removes_filters(alias, &taps).await;
                     if grows(def, &started)
                         && let Err(error) = self.has_more_memory(body, def).await
                     {
@@ -77,8 +77,8 @@ impl QemuDriver {
                     }
                 }
                 match def.device_named(alias) {
-                    Some(_) => self.give_back(body, def, ready.files).await,
-                    None => self.is_not_had(body, def, alias, ready.files).await,
+                    Some(_) => self.give_back(body, def, provided.files).await,
+                    None => self.is_not_had(body, def, alias, provided.files).await,
                 }
                 return Err(refused(alias, error));
             }
@@ -96,14 +96,14 @@ impl QemuDriver {
 
     /// Takes from the host what a device of `started` needs, lends its files, and lets the guest's processes have what its machine
     /// has more. On failure nothing of that is so.
-    async fn make_ready(
+    async fn provide(
         &self,
         body: &Body,
         before: &DomainDef,
         (started, alias): (&DomainDef, &str),
         parts: &[OneDevice],
         sysfs: &Path,
-    ) -> Result<Ready, DriverError> {
+    ) -> Result<Provided, DriverError> {
         let taps = parts.iter().flat_map(|part| part.taps.clone()).collect();
         let taking = self.takes(body, (started, alias), taps, sysfs).await?;
         let of_host = taking.files();
@@ -118,7 +118,7 @@ impl QemuDriver {
             Ok(lent)
         };
         match made.await {
-            Ok(lent) => Ok(Ready { taking, lent, files: paths }),
+            Ok(lent) => Ok(Provided { taking, lent, files: paths }),
             Err(error) => {
                 self.is_not_had(body, before, alias, paths).await;
                 Err(error)
@@ -132,7 +132,7 @@ impl QemuDriver {
         &self,
         body: &Arc<Body>,
         def: &DomainDef,
-        (parts, ready): (Vec<OneDevice>, &Ready),
+        (parts, provided): (Vec<OneDevice>, &Provided),
         done: &mut Vec<(&'static str, Value)>,
     ) -> Result<Option<String>, DriverError> {
         let (mut link, mut cards) = (None, 0..);
@@ -146,11 +146,11 @@ impl QemuDriver {
             let told = async {
                 let mut gifts = Vec::new();
                 for companion in &companions {
-                    gifts.extend(self.start_beside(body, def, companion, &ready.lent).await?);
+                    gifts.extend(self.start_beside(body, def, companion, &provided.lent).await?);
                 }
                 tap::note_filters(&body.keeper, &taps).await?;
                 for plan in &taps {
-                    let made = cards.next().and_then(|card| ready.taking.links.get(&card));
+                    let made = cards.next().and_then(|card| provided.taking.links.get(&card));
                     let opened = tap::open(plan, made, self.0.own_network.as_ref()).await?;
                     link = link.take().or_else(|| opened.iter().find_map(|(_, fd)| name_of(fd)));
                     gifts.extend(opened);

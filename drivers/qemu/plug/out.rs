@@ -9,7 +9,6 @@ use crate::qemu::instance::Body;
 use crate::qemu::launch::MONITOR_FD;
 use crate::qemu::plan::Tap;
 use crate::qemu::qmp::COMMAND_TIMEOUT;
-use crate::qemu::tap::sweep_filters;
 use crate::qemu::{QemuDriver, media};
 use serde_json::json;
 use std::sync::Arc;
@@ -85,7 +84,7 @@ impl QemuDriver {
             tracing::warn!(uuid = %body.uuid, %error, "what '{alias}' said stays until the guest ends");
         }
         self.end_beside(body, &part.companions).await;
-        self.removes_filters(body, alias, &part.taps).await;
+        body.removes_filters(alias, &part.taps).await;
         if let Ok(rest) =
             def.without_devices(|_, element| virt_model::domain::one_device::alias_of(element) == Some(alias))
         {
@@ -93,18 +92,20 @@ impl QemuDriver {
             self.is_not_had(body, &rest, alias, part.files.into_iter().map(|file| file.path).collect()).await;
         }
     }
-
-    /// Removes the filters of a device that has gone, or never came to be, if it had any of those network devices with one.
-    pub(super) async fn removes_filters(&self, body: &Body, alias: &str, taps: &[Tap]) {
-        let Some(tap) = taps.iter().find(|tap| tap.plan.filter.is_some()) else { return };
-        let own = self.0.own_network.clone().filter(|_| tap.plan.of_network);
-        if let Err(error) = blocking(move || sweep_filters(own.as_ref())).await {
-            tracing::warn!(uuid = %body.uuid, %error, "the filter of '{alias}' stays until the guest ends");
-        }
-    }
 }
 
 impl Body {
+    /// Removes the filters of a device that has gone, or never came to be, if it had any of those network devices with one.
+    pub(super) async fn removes_filters(&self, alias: &str, taps: &[Tap]) {
+        if taps.iter().all(|tap| tap.plan.filter.is_none()) {
+            return;
+        }
+        let leavings = self.leavings.clone();
+        if let Err(error) = blocking(move || leavings.sweep_filters()).await {
+            tracing::warn!(uuid = %self.uuid, %error, "the filter of '{alias}' stays until the guest ends");
+        }
+    }
+
     /// Asks the guest to let go of what QEMU has under that name, and waits until it has. Errors as of
     /// [`virt_model::driver::Driver::detach_device`].
     pub(in crate::qemu) async fn lets_go(&self, alias: &str, patience: Duration) -> Result<(), DriverError> {
