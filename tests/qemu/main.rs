@@ -40,6 +40,7 @@ mod snapshots_unfinished;
 mod stats;
 mod survival;
 mod system;
+mod taken;
 mod undefine;
 mod unread;
 mod volumes;
