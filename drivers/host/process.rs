@@ -47,11 +47,16 @@ pub enum End {
     Unknown,
 }
 
-/// Lets a process keep that many bytes of its memory in place.
-pub fn may_lock(pid: i32, bytes: u64) -> io::Result<()> {
-    use rustix::process::{Pid, Resource, Rlimit, prlimit};
-    let most = Some(bytes).filter(|bytes| *bytes != libc::RLIM_INFINITY);
-    prlimit(Pid::from_raw(pid), Resource::Memlock, Rlimit { current: most, maximum: most })?;
+/// Lets a process keep that many bytes of its memory in place, and no more; as many as we may if `None`. What it keeps there already
+/// stays there.
+pub fn may_lock(pid: i32, bytes: Option<u64>) -> io::Result<()> {
+    use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+    let limit = match bytes {
+        Some(libc::RLIM_INFINITY) => Rlimit { current: None, maximum: None },
+        Some(bytes) => Rlimit { current: Some(bytes), maximum: Some(bytes) },
+        None => getrlimit(Resource::Memlock),
+    };
+    prlimit(Pid::from_raw(pid), Resource::Memlock, limit)?;
     Ok(())
 }
 

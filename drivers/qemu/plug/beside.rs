@@ -99,10 +99,20 @@ impl QemuDriver {
             if apart {
                 bounds.hold_anew(guest);
             }
-            locked.map_or(Ok(()), |(bytes, pid)| process::may_lock(pid, bytes))
+            locked.map_or(Ok(()), |(bytes, pid)| process::may_lock(pid, Some(bytes)))
         });
         allowed
             .await?
             .map_err(|e| DriverError::Unsupported(format!("QEMU cannot be let keep more memory in place: {e}")))
+    }
+
+    /// Lets QEMU keep no more memory in place than its machine needs without a device that has gone.
+    pub(super) async fn keeps_less_in_place(&self, body: &Body, before: &DomainDef, rest: &DomainDef) {
+        let limit = command::lock_limit(rest);
+        let Some(pid) = body.keeper.process_id().filter(|_| limit < command::lock_limit(before)) else { return };
+        let lowered = blocking(move || process::may_lock(pid, limit).map_err(|e| DriverError::Internal(e.to_string())));
+        if let Err(error) = lowered.await.and_then(|lowered| lowered) {
+            tracing::warn!(uuid = %body.uuid, %error, "QEMU may keep memory in place that it does not need any more");
+        }
     }
 }

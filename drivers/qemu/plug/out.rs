@@ -89,6 +89,7 @@ impl QemuDriver {
             def.without_devices(|_, element| virt_model::domain::one_device::alias_of(element) == Some(alias))
         {
             body.has_agent_of(&rest);
+            self.keeps_less_in_place(body, def, &rest).await;
             self.is_not_had(body, &rest, alias, part.files.into_iter().map(|file| file.path).collect()).await;
         }
     }
