@@ -292,13 +292,21 @@ impl Images {
         let mut users: BTreeMap<PathBuf, Vec<String>> =
             having.into_iter().map(|(file, chains)| (file, each_once(&chains))).collect();
         if fate == Fate::Written {
-            for (taken, whose) in lock(&self.taken).iter() {
-                for file in files.iter().filter(|file| self.seen.same_place(taken, file)) {
-                    users.entry(file.clone()).or_default().push(whose.clone());
+            for file in files {
+                let takers = self.takers_of(file);
+                if !takers.is_empty() {
+                    users.entry(file.clone()).or_default().extend(takers);
                 }
             }
         }
         users
+    }
+
+    /// Who has [taken](Images::take) a file, for people.
+    fn takers_of(&self, file: &Path) -> Vec<String> {
+        let taken = lock(&self.taken);
+        let these = taken.iter().filter(|(taken, _)| self.seen.same_place(taken, file));
+        these.map(|(_, whose)| whose.clone()).collect()
     }
 
     /// Refuses to change files that somebody needs as they are. `deed` begins the sentence: `cannot start domain 'web'`.
@@ -313,8 +321,12 @@ impl Images {
         match self.users_of(files, fate, except).await.into_iter().next() {
             None => Ok(()),
             Some((file, users)) => {
+                let passes = fate == Fate::Written && users == self.takers_of(&file);
                 let (file, users) = (file.display(), users.join(", "));
-                Err(Error::InUse(format!("{deed}: {file} is what {users} stands on; {remedy}")))
+                Err(Error::InUse(match passes {
+                    true => format!("{deed}: {users} has {file}; try again when that has ended"),
+                    false => format!("{deed}: {file} is what {users} stands on; {remedy}"),
+                }))
             }
         }
     }
@@ -517,7 +529,8 @@ impl Images {
             };
             let disk = of_image(&own).into_iter().next();
             let disk = disk.map(|whose| format!("{} is of {whose}, and ", image.display()));
-            let owners = of_image(&|to| self.machines.show_running_chains(to));
+            let mut owners = of_image(&|to| self.machines.show_running_chains(to));
+            owners.extend(self.takers_of(&image));
             let owner = match owners.is_empty() {
                 true => "another program has it open (fuser tells which)".to_owned(),
                 false => format!("{} has it open", owners.join(", ")),

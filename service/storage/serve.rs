@@ -63,7 +63,7 @@ impl Volume {
             self.refuse_while_written(DEED).await?;
             return Ok(kept);
         }
-        let taken = self.alone(DEED).await?;
+        let taken = self.had_by(DEED, format!("the client that writes volume '{}' (OpenNBD)", self.name)).await?;
         self.refuse_to_change(DEED).await?;
         Ok(Arc::new(taken))
     }

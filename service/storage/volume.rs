@@ -378,7 +378,11 @@ impl Volume {
     /// Has it alone until the result is dropped: nobody else works on its file, and no machine begins to write it. Who has it
     /// already is asked for afterwards.
     pub(super) async fn alone(&self, deed: &str) -> Result<Taken> {
-        let whose = format!("the work on volume '{}' ({deed}), which is under way,", self.name);
+        self.had_by(deed, format!("the work on volume '{}' ({deed}), which is under way,", self.name)).await
+    }
+
+    /// The same, and `whose` it is meanwhile, for people.
+    pub(super) async fn had_by(&self, deed: &str, whose: String) -> Result<Taken> {
         let taken = self.shared().images.take(&self.path(), whose).await;
         taken.map_err(|by| Error::InUse(format!("cannot {deed} volume '{}': {by} has it", self.name)))
     }
@@ -394,7 +398,8 @@ impl Volume {
         if let Some(kept) = lock(&self.pool.kept).get(&self.name).and_then(Weak::upgrade) {
             return Ok(kept);
         }
-        let taken = Arc::new(self.alone(deed).await?);
+        let whose = format!("what reads volume '{}' (OpenNBD, Download, or what is just made of it)", self.name);
+        let taken = Arc::new(self.had_by(deed, whose).await?);
         let mut kept = lock(&self.pool.kept);
         kept.retain(|_, kept| kept.strong_count() > 0);
         kept.insert(self.name.clone(), Arc::downgrade(&taken));

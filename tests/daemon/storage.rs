@@ -651,7 +651,7 @@ async fn a_volume_at_work_is_no_machines_disk() {
     };
     let ear = tokio::task::spawn_blocking(begins).await.expect("read");
     volume.with("Clone", &("copy.img", options([]))).await.expect("it is kept as it is for both");
-    in_use(web.run("Start").await.expect_err("it is read"), "the work on volume 'web.img'");
+    in_use(web.run("Start").await.expect_err("it is read"), "what reads volume 'web.img'");
     let mut watch = client.watch().await;
     drop(ear);
     let is_read = async || {

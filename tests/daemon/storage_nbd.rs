@@ -106,7 +106,9 @@ async fn a_volume_is_read_and_written_by_nbd() {
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     assert!(std::fs::read(&copy).expect("read").iter().all(|byte| *byte == 7));
     assert_eq!(state(&client, &thin).await, ("busy".to_owned(), vec![]), "the other one reads still");
-    refused(open(&client, &thin, true).await, "InUse", "the work on volume 'thin' (serve)");
+    refused(open(&client, &thin, true).await, "InUse", "what reads volume 'thin' (OpenNBD");
+    let web = client.define(&machine("thin")).await.expect("defined");
+    refused(web.run("Start").await, "InUse", "what reads volume 'thin' (OpenNBD");
     refused(client.call(&pool, &format!("{POOL}.Destroy"), &(options([]),)).await, "OperationInvalid", "'thin'");
     let written = does(other.expect("served"), false, "write 0 4k").await;
     assert!(written.contains("denied"), "{written}");
@@ -114,11 +116,10 @@ async fn a_volume_is_read_and_written_by_nbd() {
 
     // Who may write it has it alone.
     let connection = open(&client, &thin, true).await.expect("served");
-    assert_eq!(state(&client, &thin).await, ("busy".to_owned(), vec!["foreign".to_owned()]));
+    assert_eq!(state(&client, &thin).await, ("busy".to_owned(), vec!["config".to_owned(), "foreign".to_owned()]));
     refused(deletes(&client, &thin).await, "InUse", "'thin'");
     refused(open(&client, &thin, false).await, "InUse", "'thin'");
-    let web = client.define(&machine("thin")).await.expect("defined");
-    refused(web.run("Start").await, "InUse", "'thin'");
+    refused(web.run("Start").await, "InUse", "the client that writes volume 'thin' (OpenNBD) has");
     let written = does(connection, false, "write -P 9 4k 4k").await;
     assert!(written.contains("wrote 4096/4096"), "{written}");
     is_free(&client, &thin).await;
