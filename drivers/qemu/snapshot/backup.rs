@@ -14,7 +14,7 @@ use super::files::stored;
 use super::{Operation, cannot};
 use crate::host::files::{What, open_plain};
 use crate::host::image::Images;
-use crate::host::listen::listen;
+use crate::host::listen::{connect, listen};
 use crate::host::workers::{ClosedAside, blocking};
 use crate::qemu::QemuDriver;
 use crate::qemu::block::{Node, Nodes};
@@ -89,10 +89,7 @@ impl Backups for QemuDriver {
         let operation = self.operation(machine).await?;
         let path = operation.running()?.backup_socket();
         let failed = |e: std::io::Error| DriverError::Refused(format!("QEMU takes no reader now: {e}"));
-        let stream =
-            tokio::net::UnixStream::connect(path).await.and_then(|stream| stream.into_std()).map_err(failed)?;
-        stream.set_nonblocking(false).map_err(failed)?;
-        Ok(stream.into())
+        blocking(move || connect(&path)).await?.map_err(failed)
     }
 
     async fn end_backup(&self, machine: &Machine, request: &BackupRequest, complete: bool) -> Result<(), DriverError> {
