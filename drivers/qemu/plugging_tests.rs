@@ -269,3 +269,34 @@ async fn what_qemu_kept_in_place_for_a_card_it_need_not_keep_when_that_has_gone(
     assert!(gone.unwrap());
     assert_eq!(now(), limit(&ours));
 }
+
+#[tokio::test]
+async fn what_a_deaf_qemu_has_not_got_is_told_when_it_hears_again() {
+    let (instance, mut peer, mut reports, _) = guest("exec sleep 1000").await;
+    let (dir, host) = (tempfile::tempdir().unwrap(), host());
+    let driver = QemuDriver::new(&DriverConfig::below(dir.path(), false));
+    let (body, before, mut def) = (instance.body(), with_devices(""), with_devices(STICK));
+    let (stick, other) = (["the USB device at bus 1, device 4".to_owned()], Uuid::new_v4());
+    let attachment = Attachment { before: &before, alias: "hostdev0", image: None };
+    let hears_nothing = async {
+        let mut line = String::new();
+        peer.read_line(&mut line).await.unwrap();
+        assert!(line.contains("device_add"), "{line}");
+        // From here on nobody does anything but wait.
+        tokio::time::pause();
+    };
+    let (plugged, ()) = tokio::join!(driver.plug(body, &mut def, attachment, host.path()), hears_nothing);
+    tokio::time::resume();
+    assert!(matches!(plugged, Err(DriverError::TimedOut(_))), "{plugged:?}");
+    assert_eq!(def.devices.hostdevs.len(), 1, "it may have it");
+    body.leavings.claims.take(other, "other", &stick).unwrap_err();
+
+    let mut line = String::new();
+    peer.read_line(&mut line).await.unwrap();
+    assert!(line.contains("device_del"), "{line}");
+    answer(&mut peer, "", "\"return\": []").await;
+    assert_eq!(reports.recv().await, Some(DriverEvent::DeviceGone("hostdev0".to_owned())));
+    let (gone, ()) = tokio::join!(driver.has_gone(body, &def, "hostdev0"), answer(&mut peer, "", "\"return\": []"));
+    assert!(gone.unwrap());
+    body.leavings.claims.take(other, "other", &stick).unwrap();
+}

@@ -182,17 +182,15 @@ impl Domain {
         match self.driver.attach_device(guest.instance.as_ref(), live, device).await {
             Ok(()) => Ok(def),
             Err(error) => {
-                // Whether a hypervisor that does not answer has it is found out when it answers another virtd.
-                if !matches!(error, DriverError::TimedOut(_)) {
-                    self.is_not_plugged(&alias, self.keep_what_stays(&guest, before, def).await);
-                    self.is_as_kept(&guest).await;
-                }
+                // What a hypervisor that does not answer may have is the guest's until it says that it has not.
+                self.is_not_plugged(&alias, self.keep_what_stays(&guest, before, def).await);
+                self.is_as_kept(&guest).await;
                 Err(self.driver_failed(&format!("plug '{alias}' into"), error))
             }
         }
     }
 
-    /// Keeps what the guest has after a device was refused: what it had, and what could not be taken back.
+    /// Keeps what the guest has after a device was refused: what it had, and what could not be taken back, or may be there.
     async fn keep_what_stays(self: &Arc<Self>, guest: &Guest, before: &DomainDef, def: Arc<DomainDef>) -> Result<()> {
         let known: BTreeSet<_> = before.devices.infos().into_iter().map(|(info, _)| info.alias()).collect();
         let stays =
@@ -318,6 +316,9 @@ impl Domain {
         };
         match told {
             Ok(()) => tracing::info!(uuid = %self.uuid, name = self.name(), "its guest has let go of '{alias}'"),
+            Err(Error::TimedOut(why)) => {
+                tracing::warn!(uuid = %self.uuid, name = self.name(), why, "whether it has '{alias}' is seen when it answers")
+            }
             Err(error) => {
                 tracing::error!(uuid = %self.uuid, name = self.name(), %error, "'{alias}' has gone, and the configurations do not follow")
             }

@@ -210,7 +210,8 @@ pub trait Driver: Send + Sync {
 
     /// Plugs in the device of that name, as `def` says it with all that [`Driver::place_device`] has added to `before`. What is
     /// known of it only then, a terminal say, is written into `def`. On failure `def` is what the guest has then: `before`, with
-    /// what could not be taken back; after `TimedOut` it is what the guest may have.
+    /// what could not be taken back; after `TimedOut` it is what the guest may have, of which is reported later what it has not got
+    /// ([`DriverEvent::DeviceGone`]).
     async fn attach_device(
         &self,
         guest: &dyn Instance,

@@ -1,7 +1,7 @@
 //! A device is plugged in: QEMU is told one thing after the other, and what was done is taken back where one of them fails.
 
 use super::place::{New, controllers_beside};
-use super::{DEVICES, OBJECTS, host, names_at, refused};
+use super::{DEVICES, OBJECTS, host, names_at, names_in, refused, that_can_go};
 use crate::base64;
 use crate::host::access::LentFile;
 use crate::host::tap::name_of;
@@ -65,8 +65,10 @@ impl QemuDriver {
                 body.has_agent_of(before);
                 take_back(body, done, &error).await;
                 given::take_back_this(body, given).await;
-                // A QEMU that does not answer may have the device, and stays with what that needs.
-                if !matches!(error, DriverError::TimedOut(_)) {
+                // A QEMU that does not answer may have the device, and stays with what that needs until it answers.
+                if matches!(error, DriverError::TimedOut(_)) {
+                    tells_what_did_not_come(body, before, def);
+                } else {
                     self.end_beside(body, &beside).await;
                     leave_what_stays(body, before, def).await;
                     body.removes_filters(alias, &taps).await;
@@ -242,6 +244,20 @@ pub async fn leave_what_stays(body: &Body, before: &DomainDef, def: &mut DomainD
         Ok(rest) => *def = rest,
         Err(_) => def.clone_from(before),
     }
+}
+
+/// Has it reported when QEMU answers again what of `def` it has not got, which it had not `before`.
+fn tells_what_did_not_come(body: &Body, before: &DomainDef, def: &DomainDef) {
+    let Ok(line) = body.line() else { return };
+    let (known, reporter) = (that_can_go(before), body.reporter.clone());
+    let new: Vec<String> = that_can_go(def).into_iter().filter(|alias| !known.contains(alias)).collect();
+    tokio::spawn(async move {
+        // What it was told before it does before it answers this.
+        if let Ok(told) = line.patiently("qom-list", json!({ "path": DEVICES })).await {
+            let there = names_in(&told);
+            reporter.have_gone(new.into_iter().filter(|alias| !there.contains(alias)).collect());
+        }
+    });
 }
 
 /// Whether a guest's processes need more of the host's memory, or must keep more of it in place, for one machine than for another.
