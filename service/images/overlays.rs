@@ -1,6 +1,6 @@
 //! What snapshots have recorded that their overlays were laid on: it completes documents that say less.
 
-use super::parts;
+use super::chain::parts;
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
