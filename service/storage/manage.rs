@@ -1,5 +1,6 @@
 //! All pools: definitions until they are pools, look-up, what is found when virtd starts, and what starts with the host.
 
+use super::follow::Occasion;
 use super::notes::{NOTED, Noted};
 use super::plugged::Keeper;
 use super::set::Pools;
@@ -348,13 +349,8 @@ impl Pool {
         let Ok(_turn) = frames::take_turn(&*self, verb::POOL_START.word, &cancel).await else {
             return self.commit(Vec::new(), State::set_inactive);
         };
-        if let Err(error) = self.bring_up(def, StartPool::default(), &OwnWork(cancel)).await {
+        if let Err(error) = self.bring_up(def, StartPool::default(), Occasion::Again, &OwnWork(cancel)).await {
             tracing::error!(uuid = %self.uuid, %error, "a pool that was active is not any more");
-            if !super::lock(&self.state).persistent
-                && let Err(error) = on_disk(move || self.forget_active()).await
-            {
-                tracing::warn!("{error}");
-            }
         }
     }
 }
