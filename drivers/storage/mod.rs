@@ -3,6 +3,7 @@
 //! ```text
 //!  HostStorage ─build─▶ build.rs     the folder, and the file system on the device
 //!              ─open──▶ mounts.rs    the device's file system, mounted and unmounted
+//!              ─sources─▶ sources.rs  what pools could come from
 //!                       held.rs      which folder is which pool's
 //!                       FolderPool ─ pool.rs      what is done to each volume
 //!                                  ─ contents.rs  what clients give and take by descriptor
@@ -27,6 +28,8 @@ mod look;
 mod mounts;
 mod pool;
 mod serve;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys")]
+mod sources;
 pub mod table;
 #[cfg(test)]
 mod tests;
@@ -45,7 +48,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::driver::DriverError;
 use virt_model::driver::storage::{OpenPool, PoolAbility, Storage, Work};
-use virt_model::storage::pool::{PoolDef, PoolKind};
+use virt_model::storage::pool::{PoolDef, PoolKind, PoolSource};
 use virt_model::storage::source_formats;
 use virt_model::storage::volume::VolumeDef;
 use virt_model::xml::Finding;
@@ -100,6 +103,16 @@ impl Storage for HostStorage {
     fn check_volume(&self, def: &VolumeDef) -> Result<(), DriverError> {
         let findings = table::refused_of_volume(def);
         if findings.is_empty() { Ok(()) } else { Err(DriverError::Config(findings)) }
+    }
+
+    async fn find_sources(&self, kind: PoolKind) -> Result<Vec<PoolSource>, DriverError> {
+        match (self.ability(kind), kind) {
+            (PoolAbility { lacks: None, finds_sources: true, .. }, PoolKind::Fs) => self.unused_file_systems().await,
+            (PoolAbility { lacks: Some(why), .. }, PoolKind::Fs) => Err(DriverError::Unsupported(why)),
+            _ => Err(DriverError::Unsupported(format!(
+                "what pools of type '{kind}' could come from is not searched here"
+            ))),
+        }
     }
 
     async fn build(&self, def: &PoolDef, overwrite: bool, work: &dyn Work) -> Result<(), DriverError> {
@@ -187,7 +200,9 @@ impl HostStorage {
             (PoolKind::Fs, None) => mounts::FORMATS,
             _ => source_formats(kind),
         };
-        PoolAbility { kind, lacks: lacks.map(str::to_owned), volume_formats, source_formats, features }
+        let finds_sources = kind == PoolKind::Fs && lacks.is_none();
+        let lacks = lacks.map(str::to_owned);
+        PoolAbility { kind, lacks, volume_formats, source_formats, features, finds_sources }
     }
 
     /// Why pools of that kind are not started, if so.

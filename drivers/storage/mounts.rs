@@ -39,6 +39,9 @@ pub const FILE_SYSTEMS: &[&str] = &["ext2", "ext3", "ext4", "xfs", "btrfs"];
 /// The formats that a pool's source can have: what is on the device, or one of these.
 pub const FORMATS: &[&str] = &["auto", "ext2", "ext3", "ext4", "xfs", "btrfs"];
 
+/// What is mounted where, for virtd.
+pub const TABLE: &str = "/proc/self/mountinfo";
+
 /// How long an unmount waits for those who look into the file system for a moment.
 const BUSY: Duration = Duration::from_secs(5);
 /// How often it tries meanwhile.
@@ -205,6 +208,17 @@ impl Device {
         }
     }
 
+    /// Opens it to be read, beside whoever uses it.
+    pub fn shared(&self) -> io::Result<fs::File> {
+        self.found.image()?.ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    /// Whether it is mounted where virtd is.
+    pub fn is_mounted(&self) -> io::Result<bool> {
+        let table = fs::read_to_string(TABLE)?;
+        Ok(table.lines().filter_map(read).any(|line| self.is_of(&line)))
+    }
+
     /// Opens it to be read, while the host does not use it. Error: `EBUSY`, if it is mounted or part of something.
     pub fn alone(&self) -> io::Result<fs::File> {
         let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -234,8 +248,8 @@ impl Device {
 
     /// What type of file system is on it. Error: none, or none that is mounted here.
     fn type_on_it(&self, path: &Path, images: &Images) -> Result<String, DriverError> {
-        let file = self.found.image().map_err(|e| failed("read", path, &e))?;
-        let signs = file.as_ref().map_or(Ok(Signs::Nothing), |file| images.recognise(file, path))?;
+        let file = self.shared().map_err(|e| failed("read", path, &e))?;
+        let signs = images.recognise(&file, path)?;
         let path = path.display();
         match signs {
             Signs::FileSystem(kind) if FILE_SYSTEMS.contains(&&*kind) => Ok(kind),
@@ -257,15 +271,19 @@ impl Device {
     /// What is mounted where that folder is.
     fn mounted_on(&self, folder: &PoolFolder) -> io::Result<OnFolder> {
         let id = statx(folder, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id;
-        let table = fs::read_to_string("/proc/self/mountinfo")?;
+        let table = fs::read_to_string(TABLE)?;
         // A mount that is not in the table was unmounted, and is held still.
         let line = table.lines().filter_map(read).find(|line| line.id == id && line.at == folder.real());
         let Some(line) = line else { return Ok(OnFolder::Nothing) };
+        Ok(if self.is_of(&line) { OnFolder::PoolsOwn } else { OnFolder::Other(line.source) })
+    }
+
+    /// Whether a line of the table is of the file system on it.
+    fn is_of(&self, line: &Line) -> bool {
         let (major, minor) = line.device;
         // Some file systems have a number of their own for each part, and say from which device they come.
-        let is_it = rustix::fs::makedev(major, minor) == self.number()
-            || fs::metadata(&line.source).is_ok_and(|source| source.rdev() == self.number());
-        Ok(if is_it { OnFolder::PoolsOwn } else { OnFolder::Other(line.source) })
+        rustix::fs::makedev(major, minor) == self.number()
+            || fs::metadata(&line.source).is_ok_and(|source| source.rdev() == self.number())
     }
 }
 

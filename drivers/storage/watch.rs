@@ -4,6 +4,7 @@
 //! fit; then all is told to have changed.
 
 use super::folder::PoolFolder;
+use super::mounts::TABLE;
 use crate::host::acl::through;
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags};
 use rustix::fs::{Mode, OFlags};
@@ -42,7 +43,7 @@ pub struct Mounts(AsyncFd<OwnedFd>);
 
 /// Watches that table. Blocks for a moment; within the runtime.
 pub fn mounts() -> io::Result<Mounts> {
-    let table = rustix::fs::open("/proc/self/mountinfo", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let table = rustix::fs::open(TABLE, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
     // SAFETY: it is a descriptor of its own, which is closed with what is registered.
     Ok(Mounts(unsafe { AsyncFd::register_with_interest(table, Interest::PRIORITY) }?))
 }

@@ -1,7 +1,7 @@
 //! Pools that are file systems on devices, with the kernel's own on loop devices: mounted as long as they are started, whoever is
 //! killed meanwhile, and lost when somebody else unmounts them.
 
-use crate::common::client::{Client, options};
+use crate::common::client::{Client, Refusal, options};
 use crate::common::pools::{POOL, Pool, STORAGE, machine};
 use crate::common::{Daemon, Setup, have, skip};
 use std::fs;
@@ -178,6 +178,43 @@ async fn a_file_system_that_somebody_else_unmounts_is_lost_and_mounted_again() {
     assert_eq!(mounts(&daemon, "fs").len(), 1);
     pool.run("Destroy", options([])).await.expect("stopped");
     assert!(mounts(&daemon, "fs").is_empty());
+}
+
+/// What could be a pool, for who looks for one: not what is used already.
+#[tokio::test(flavor = "multi_thread")]
+async fn devices_with_a_file_system_that_nobody_uses_are_found() {
+    let Some(daemon) = daemon().await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let Some(device) = LoopDevice::formatted(&daemon, "xfs") else { return };
+    let Some(empty) = LoopDevice::new(&daemon, "empty", 64) else { return };
+    let find = async |kind: &str, xml: &str| {
+        let found = client.call("/org/virt", &format!("{STORAGE}.FindSources"), &(kind, xml)).await?;
+        Ok::<String, Refusal>(found.body().deserialize().expect("s"))
+    };
+    let source = format!("<device path='{}'/>\n    <format type='xfs'/>", device.path);
+    let found = find("fs", "").await.expect("found");
+    assert!(found.starts_with("<sources>") && found.contains(&source) && !found.contains(&empty.path), "{found}");
+    let raw = client.define(&machine("raw", Path::new(&device.path), "raw")).await.expect("defined");
+    assert!(!find("fs", "").await.expect("found").contains(&source), "it is a disk");
+    raw.run("Undefine").await.expect("undefined");
+    let pool = defined(&daemon, &client, "fs", &device, "auto").await;
+    pool.run("Start", options([])).await.expect("started");
+    assert!(!find("fs", "").await.expect("found").contains(&source), "it is mounted");
+    pool.run("Destroy", options([])).await.expect("stopped");
+    assert!(find("fs", "").await.expect("found").contains(&source));
+    for (kind, xml, wanted) in [
+        ("fs", "<source/>", "InvalidArgument"),
+        ("vfs", "", "InvalidArgument"),
+        ("dir", "", "OperationUnsupported"),
+        ("netfs", "", "OperationUnsupported"),
+    ] {
+        let refused = find(kind, xml).await.expect_err(kind);
+        assert!(refused.0.ends_with(wanted), "{kind}: {refused:?}");
+    }
+    let types: std::collections::HashMap<String, std::collections::HashMap<String, zbus::OwnedVariant>> =
+        client.property("/org/virt", STORAGE, "PoolTypes").await;
+    let says = |kind: &str| bool::try_from(types[kind]["find-sources"].try_clone().unwrap()).unwrap();
+    assert!(says("fs") && !says("dir") && !says("netfs"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

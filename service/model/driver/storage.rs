@@ -12,7 +12,7 @@
 
 use super::{DriverError, GivenFile};
 use crate::domain::value::choices;
-use crate::storage::pool::{PoolDef, PoolKind};
+use crate::storage::pool::{PoolDef, PoolKind, PoolSource};
 use crate::storage::volume::VolumeDef;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -35,6 +35,9 @@ pub trait Storage: Send + Sync {
 
     /// Refuses a volume whose document asks for what no volume can be here. Waits for nothing.
     fn check_volume(&self, def: &VolumeDef) -> Result<(), DriverError>;
+
+    /// What pools of that kind could come from, of what nobody on the host uses. Error: `Unsupported` where that is not searched.
+    async fn find_sources(&self, kind: PoolKind) -> Result<Vec<PoolSource>, DriverError>;
 
     /// Makes what volumes are to be in. Without `overwrite`, what is there and is something stays. Repeatable.
     async fn build(&self, def: &PoolDef, overwrite: bool, work: &dyn Work) -> Result<(), DriverError>;
@@ -158,6 +161,8 @@ pub struct PoolAbility {
     pub source_formats: &'static [&'static str],
     /// What can be done with it.
     pub features: &'static [&'static str],
+    /// What it could come from is [found](Storage::find_sources).
+    pub finds_sources: bool,
 }
 
 /// Which file it is, whatever it is called: a file that takes its name is another one.
