@@ -10,12 +10,11 @@ use super::lender::Lender;
 use super::resolve::Found;
 use super::secret::handed;
 use super::threads;
-use super::tool::{Bounds, tame};
+use super::tool::{Bounds, finish, tame};
 use super::user::RunAs;
 use super::wall::{self, Wall};
 use super::workers::Stop;
 use rustix::fs::FileType;
-use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -23,7 +22,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
@@ -33,8 +32,6 @@ use virt_model::driver::checkpoints::BitmapState;
 const CONVERSION: u64 = 60;
 /// What the tool may take of the host. A chain that is a loop ends with the files that it may open.
 pub(super) const BOUNDS: Bounds = Bounds { data: Some(2 << 30), cpu: None, files: Some(1024) };
-/// Of what it says, this many bytes are kept.
-const MOST_SAID: u64 = 16 << 20;
 const NOT_INSTALLED: &str = "qemu-img is not installed (Debian has it in qemu-utils)";
 /// The deed that changes nothing.
 const LOOK: &str = "look at";
@@ -463,28 +460,6 @@ pub(super) fn node(chain: &[(PathBuf, String)]) -> Value {
     below
 }
 
-/// Runs it to its end, or until it is told to stop; `writes`: it is given time then to end in order. In a thread without guests'
-/// files.
-#[allow(clippy::disallowed_methods, reason = "without guests' files")]
-fn finish(command: &mut Command, stop: &Stop, writes: bool) -> io::Result<Output> {
-    let mut child = command.spawn()?;
-    let pid = Pid::from_child(&child);
-    let watched = stop.watch(pid, writes);
-    let said = |stream: Option<Box<dyn Read + Send>>| {
-        let mut said = Vec::new();
-        stream.map_or(Ok(0), |stream| stream.take(MOST_SAID).read_to_end(&mut said)).map(|_| said)
-    };
-    let (out, err) = (child.stdout.take(), child.stderr.take());
-    let (stdout, stderr) = std::thread::scope(|scope| {
-        let words = scope.spawn(|| said(err.map(|stream| Box::new(stream) as _)));
-        let stdout = said(out.map(|stream| Box::new(stream) as _));
-        (stdout, words.join().unwrap_or_else(|_| Ok(Vec::new())))
-    });
-    // Until it is reaped the number is its own.
-    let ended = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
-    drop(watched);
-    ended?;
-    Ok(Output { status: child.wait()?, stdout: stdout?, stderr: stderr? })
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ pub(crate) mod lock;
 pub mod look;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod macvtap;
+pub mod mkfs;
 pub mod nbd;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /proc")]
 pub mod neighbours;
@@ -34,6 +35,7 @@ pub mod perf;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod process;
 pub(crate) mod ready;
+pub mod recognise;
 pub mod resolve;
 pub mod saved;
 #[allow(clippy::disallowed_methods, reason = "the administrator's folder; links and pipes are refused there")]

@@ -4,12 +4,17 @@
 use super::apart;
 use super::process::{End, Process};
 use super::user::RunAs;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
-use std::io;
+use super::workers::Stop;
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitOptions};
+use rustix::process::{kill_process, pidfd_open, waitid, waitpid};
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{Command, Output};
 use tokio::net::unix::pipe::{Receiver, Sender, pipe};
+
+/// Of what a tool says, this many bytes are kept.
+const MOST_SAID: u64 = 16 << 20;
 
 /// Whose rights a tool has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,6 +87,30 @@ pub(super) fn limit(which: libc::__rlimit_resource_t, to: Option<u64>) -> io::Re
         let to = to.min(now.rlim_max);
         done(libc::setrlimit(which, &libc::rlimit { rlim_cur: to, rlim_max: to }))
     }
+}
+
+/// Runs it to its end, or until it is told to stop; `writes`: it is given time then to end in order. In a thread without guests'
+/// files.
+#[allow(clippy::disallowed_methods, reason = "without guests' files")]
+pub(super) fn finish(command: &mut Command, stop: &Stop, writes: bool) -> io::Result<Output> {
+    let mut child = command.spawn()?;
+    let pid = Pid::from_child(&child);
+    let watched = stop.watch(pid, writes);
+    let said = |stream: Option<Box<dyn Read + Send>>| {
+        let mut said = Vec::new();
+        stream.map_or(Ok(0), |stream| stream.take(MOST_SAID).read_to_end(&mut said)).map(|_| said)
+    };
+    let (out, err) = (child.stdout.take(), child.stderr.take());
+    let (stdout, stderr) = std::thread::scope(|scope| {
+        let words = scope.spawn(|| said(err.map(|stream| Box::new(stream) as _)));
+        let stdout = said(out.map(|stream| Box::new(stream) as _));
+        (stdout, words.join().unwrap_or_else(|_| Ok(Vec::new())))
+    });
+    // Until it is reaped the number is its own.
+    let ended = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
+    drop(watched);
+    ended?;
+    Ok(Output { status: child.wait()?, stdout: stdout?, stderr: stderr? })
 }
 
 /// A program that works for us, and is killed when this is dropped before it has ended. Must be made within the runtime.

@@ -2,13 +2,14 @@
 //! of ours and finds the file without a name; all else is done here.
 
 use super::draft::{Draft, give};
-use super::folder::Beneath;
+use super::folder::{Beneath, PoolFolder};
 use super::look;
+use crate::host::apart::apart;
 use crate::host::chain::format_of;
 use crate::host::given::next_data;
 use crate::host::image::{Images, TOOL_OUTPUT, named};
 use crate::host::workers::Stop;
-use rustix::fs::{FallocateFlags, copy_file_range, fallocate, ioctl_ficlone};
+use rustix::fs::{FallocateFlags, Mode, OFlags, copy_file_range, fallocate, ioctl_ficlone, openat};
 use rustix::io::Errno;
 use std::ffi::OsString;
 use std::fs::File;
@@ -215,6 +216,15 @@ fn overwrite(file: &File, length: u64, with: &mut impl Read, pace: &Pace) -> io:
         at += count as u64;
     }
     pace.at(length, length)
+}
+
+/// Whether files in a folder can share blocks: its file system is asked with two that hold nothing and have no names. Blocks.
+pub fn shares_blocks(folder: &PoolFolder) -> bool {
+    let file = || {
+        let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+        apart(openat(folder, ".", flags, Mode::RUSR | Mode::WUSR)?)
+    };
+    file().and_then(|one| Ok(ioctl_ficlone(file()?, one)?)).is_ok()
 }
 
 /// Copies a file: its holes stay holes.

@@ -9,7 +9,11 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio_util::sync::CancellationToken;
-use virt_model::driver::storage::{FileId, PoolChange, Preallocation, Qcow2Options};
+use virt_model::driver::GivenFile;
+use virt_model::driver::storage::{
+    Content, FileId, KnownFormats, NewSize, NewVolume, Part, PoolChange, Preallocation, Qcow2Options, Reflink, Served,
+    VolumeAt, VolumeLook, Wiping,
+};
 
 /// Work that counts its steps, and is cancelled at one of them.
 #[derive(Default)]

@@ -4,14 +4,17 @@
 //! fit; then all is told to have changed.
 
 use super::folder::PoolFolder;
+use super::mounts::TABLE;
 use crate::host::acl::through;
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc::{Receiver, Sender, channel};
 use virt_model::driver::storage::PoolChange;
@@ -23,16 +26,34 @@ const QUEUE: usize = 16;
 /// So many names are told at once; of more it is told that there are many.
 const NAMES: usize = 4096;
 
-/// Tells what changes from now on, until nobody listens. Blocks; within the runtime.
-pub fn begin(folder: &PoolFolder) -> io::Result<Receiver<PoolChange>> {
+/// Tells what changes from now on, until nobody listens; with what tells it, for who knows of more. Blocks; within the runtime.
+pub fn begin(folder: &PoolFolder) -> io::Result<(Sender<PoolChange>, Receiver<PoolChange>)> {
     let comings = WatchFlags::CREATE | WatchFlags::DELETE | WatchFlags::MOVED_FROM | WatchFlags::MOVED_TO;
     let ends = WatchFlags::DELETE_SELF | WatchFlags::ONLYDIR;
     let names = watch(folder, comings | WatchFlags::ATTRIB | ends)?;
     let writes = watch(folder, WatchFlags::MODIFY | WatchFlags::ONLYDIR)?;
     let (tell, told) = channel(QUEUE);
     tokio::spawn(follow(names, tell.clone(), PoolChange::Names, None));
-    tokio::spawn(follow(writes, tell, PoolChange::Sizes, Some(PACE)));
-    Ok(told)
+    tokio::spawn(follow(writes, tell.clone(), PoolChange::Sizes, Some(PACE)));
+    Ok((tell, told))
+}
+
+/// The kernel's table of what is mounted where, which tells when it has changed.
+pub struct Mounts(AsyncFd<OwnedFd>);
+
+/// Watches that table. Blocks for a moment; within the runtime.
+pub fn mounts() -> io::Result<Mounts> {
+    let table = rustix::fs::open(TABLE, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    // SAFETY: it is a descriptor of its own, which is closed with what is registered.
+    Ok(Mounts(unsafe { AsyncFd::register_with_interest(table, Interest::PRIORITY) }?))
+}
+
+impl Mounts {
+    /// Waits until something has been mounted or unmounted since the last time.
+    pub async fn changed(&self) -> io::Result<()> {
+        self.0.ready(Interest::PRIORITY).await?.clear_ready();
+        Ok(())
+    }
 }
 
 fn watch(folder: &PoolFolder, what: WatchFlags) -> io::Result<AsyncFd<OwnedFd>> {

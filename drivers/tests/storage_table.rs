@@ -20,11 +20,14 @@ nothing; or it is *refused*, by name and with the reason, when a pool is started
 
 The page is generated from the list in `drivers/storage/table.rs` (`UPDATE=1 cargo test -p virt-drivers --test storage_table`), and a
 test holds it to it. An element in brackets stands for itself and all below it.
+
+Pools of type `fs` are file systems of this host, which root's virtd alone mounts, that of the system bus: on a session bus they are
+kept and shown. They have one `<device>`; `<format type='auto'/>`, or none, is what is on it.
 ";
 
 /// The types of pool.
 fn types() -> String {
-    let storage = HostStorage::new(Arc::new(|| Ok(Lender::Ours)), Arc::new(|_| Ok(Vec::new())), Path::new("/"), false);
+    let storage = HostStorage::new(Arc::new(|| Ok(Lender::Ours)), Arc::new(|_| Ok(Vec::new())), Path::new("/"), true);
     let mut page =
         "\n## Types of pool\n\n| type | is started | formats that are made | comes from |\n|---|---|---|---|\n"
             .to_owned();

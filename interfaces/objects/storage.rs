@@ -32,6 +32,7 @@ fn table(ability: &PoolAbility) -> Vec<(&'static str, Value<'_>)> {
         ("volume-formats", Value::Strs(ability.volume_formats)),
         ("source-formats", Value::Strs(ability.source_formats)),
         ("features", Value::Strs(ability.features)),
+        ("find-sources", Value::Bool(ability.finds_sources)),
     ]
 }
 
@@ -50,6 +51,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::LIST_POOLS, list)
         .method(&verb::VALIDATE_POOL, validate)
         .method(&verb::POOL_CAPABILITIES, capabilities)
+        .method(&verb::FIND_SOURCES, find_sources)
         .method(&verb::GET_VOLUME_BY_PATH, get_volume)
         .method(&verb::GET_VOLUME_BY_KEY, get_volume)
         .method(&verb::GET_QUOTA, get_quota)
@@ -119,6 +121,12 @@ async fn validate(service: Arc<Service>, call: Call) -> Outcome {
 
 async fn capabilities(service: Arc<Service>, call: Call) -> Outcome {
     call.reply(&virt_model::storage::capabilities(&service.pool_abilities()))
+}
+
+async fn find_sources(service: Arc<Service>, call: Call) -> Outcome {
+    let body = call.body();
+    let (kind, xml): (&str, &str) = call::read(&body)?;
+    call.reply(&virt_model::storage::sources(&service.find_sources(call.caller(), kind, xml).await?))
 }
 
 async fn get_volume(service: Arc<Service>, call: Call) -> Outcome {

@@ -14,50 +14,83 @@ use tokio_util::sync::CancellationToken;
 use virt_model::driver::storage::{FileId, PoolChange, VolumeLook, Work};
 use virt_model::storage::pool::PoolDef;
 
+/// How a pool comes to be started.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Occasion {
+    /// A client wants it, or the host has come up.
+    Anew,
+    /// It was active when virtd was last here.
+    Again,
+}
+
 impl Pool {
-    /// Makes it usable, as that definition says. For who has the turn.
+    /// Makes it usable, as that definition says. For who has the turn. On failure it is inactive, and nothing is left on the host of
+    /// what was begun.
     pub(super) async fn bring_up(
         self: &Arc<Self>,
         def: Arc<PoolDef>,
         options: StartPool,
+        on: Occasion,
         work: &dyn Work,
     ) -> Result<()> {
         self.commit(Vec::new(), |state| state.phase = Phase::Starting);
         let started = async {
-            if options.build {
-                let built = self.shared.host.storage.build(&def, options.overwrite, work).await;
-                built.map_err(|e| self.failed("build", e))?;
+            if on == Occasion::Anew {
+                self.refuse_device_in_use("start", &def, true).await?;
             }
-            self.opens(def.clone(), work).await?;
+            if options.build {
+                self.builds(&def, options.overwrite, work).await?;
+            }
             let (shared, uuid, text) = (self.shared.clone(), self.uuid, def.write());
             let note = Note { owner: self.owner, autostart: false };
-            on_disk(move || shared.store.active_pools().save(uuid, &text, &note)).await
+            // Before anything is done to the host: what is cut off from here on is finished by the next virtd.
+            on_disk(move || shared.store.active_pools().save(uuid, &text, &note)).await?;
+            fail_point::reached();
+            self.opens(def.clone(), work).await
         };
         let started = started.await;
         fail_point::reached();
         match started {
             Ok(()) => self.commit(vec![("started", "booted")], |state| state.phase = Phase::Running),
-            Err(_) => self.commit(Vec::new(), State::set_inactive),
+            Err(_) => self.goes_down(on).await,
         }
         started
+    }
+
+    /// It does not come up: what was done to the host for it is taken back.
+    async fn goes_down(self: &Arc<Self>, on: Occasion) {
+        if let Some(open) = self.open()
+            && let Err(error) = open.close().await
+        {
+            tracing::warn!(uuid = %self.uuid, %error, "a pool that was not started is not taken from the host");
+        }
+        // One that was active is to be active again when what it lacks is there.
+        if on == Occasion::Anew || !lock(&self.state).persistent {
+            let pool = self.clone();
+            if let Err(error) = on_disk(move || pool.forget_active()).await {
+                tracing::warn!(uuid = %self.uuid, "{error}");
+            }
+        }
+        self.commit(Vec::new(), State::set_inactive);
     }
 
     /// Opens it, reads what is in it, and follows what changes.
     pub(super) async fn opens(self: &Arc<Self>, def: Arc<PoolDef>, work: &dyn Work) -> Result<()> {
         let open = self.shared.host.storage.open(&def, work).await.map_err(|e| self.failed("start", e))?;
-        // First it is listened, then looked: what changes in between is told.
-        let changes = open.follow().await.map_err(|e| self.failed("start", e))?;
+        fail_point::reached();
         let target = PathBuf::from(def.target_path().unwrap_or_default());
         *lock(&self.real) = Some((target, open.real_path().to_owned()));
         {
             let mut state = lock(&self.state);
             (state.open, state.live) = (Some(open.clone()), Some(def));
         }
+        // First it is listened, then looked: what changes in between is told.
+        let changes = open.follow().await.map_err(|e| self.failed("start", e))?;
         self.look_at_all().await?;
         if let Some(changes) = changes {
             let ends = CancellationToken::new();
-            tokio::spawn(follow(Arc::downgrade(self), changes, ends.clone()));
-            lock(&self.state).follows = Some(ends.drop_guard());
+            lock(&self.state).follows = Some(ends.clone().drop_guard());
+            tokio::spawn(follow(Arc::downgrade(self), changes, ends));
         }
         Ok(())
     }
@@ -114,7 +147,7 @@ async fn follow(pool: Weak<Pool>, mut changes: mpsc::Receiver<PoolChange>, ends:
             PoolChange::Names(names) | PoolChange::Sizes(names) => pool.look_at(names.into_iter().collect()).await,
             PoolChange::Much => pool.look_at_all().await,
             PoolChange::Lost => {
-                pool.commit(Vec::new(), |state| state.phase = Phase::Inaccessible);
+                pool.commit(Vec::new(), State::set_inaccessible);
                 return;
             }
         };

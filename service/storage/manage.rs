@@ -1,5 +1,6 @@
 //! All pools: definitions until they are pools, look-up, what is found when virtd starts, and what starts with the host.
 
+use super::follow::Occasion;
 use super::notes::{NOTED, Noted};
 use super::plugged::Keeper;
 use super::set::Pools;
@@ -23,8 +24,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
+use virt_model::driver::DriverError;
 use virt_model::driver::storage::{FileId, PoolAbility, Room};
-use virt_model::storage::pool::PoolDef;
+use virt_model::storage::pool::{PoolDef, PoolKind, PoolSource};
 use virt_model::xml::{Finding, FindingKind, Limits, shorten};
 
 /// How many may ask at a time what something done to a pool's volumes would meet.
@@ -60,6 +62,33 @@ impl Service {
         self.shared.host.storage.kinds()
     }
 
+    /// What pools of a type could come from: what nobody uses, neither the host nor a machine. `xml` narrows the search where the type
+    /// has something to narrow it by.
+    pub async fn find_sources(&self, caller: &Caller, kind: &str, xml: &str) -> Result<Vec<PoolSource>> {
+        self.allow(caller, &verb::FIND_SOURCES, &Default::default()).await?;
+        let known = PoolKind::ALL.iter().find(|known| known.as_str() == kind).copied();
+        let kind =
+            known.ok_or_else(|| Error::InvalidArgument(format!("there is no type of pool '{}'", shorten(kind))))?;
+        if kind == PoolKind::Fs && !xml.is_empty() {
+            let text =
+                format!("a search for what pools of type '{kind}' could come from has no document: leave it empty");
+            return Err(Error::InvalidArgument(text));
+        }
+        let found = self.shared.host.storage.find_sources(kind).await.map_err(|error| match error {
+            DriverError::Unsupported(why) => Error::OperationUnsupported(why),
+            error => Error::StorageFailed(error.to_string()),
+        })?;
+        let mut unused = Vec::new();
+        for source in found {
+            let used = async |path: &str| !self.shared.images.machines_on(Path::new(path), false).await.is_empty();
+            match source.devices.first() {
+                Some(device) if used(&device.path).await => {}
+                _ => unused.push(source),
+            }
+        }
+        Ok(unused)
+    }
+
     /// Everything that keeps a document from being a pool that can be started here.
     pub async fn validate_pool(&self, caller: &Caller, xml: &str) -> Result<Vec<Finding>> {
         self.allow(caller, &verb::VALIDATE_POOL, &Default::default()).await?;
@@ -68,7 +97,7 @@ impl Service {
             Err(findings) => Ok(findings),
             Ok(def) => Ok(match self.shared.host.storage.check(&def) {
                 Ok(()) => Vec::new(),
-                Err(virt_model::driver::DriverError::Config(findings)) => findings,
+                Err(DriverError::Config(findings)) => findings,
                 Err(error) => vec![Finding::anywhere(FindingKind::Unsupported, "/", error.to_string())],
             }),
         }
@@ -348,13 +377,8 @@ impl Pool {
         let Ok(_turn) = frames::take_turn(&*self, verb::POOL_START.word, &cancel).await else {
             return self.commit(Vec::new(), State::set_inactive);
         };
-        if let Err(error) = self.bring_up(def, StartPool::default(), &OwnWork(cancel)).await {
+        if let Err(error) = self.bring_up(def, StartPool::default(), Occasion::Again, &OwnWork(cancel)).await {
             tracing::error!(uuid = %self.uuid, %error, "a pool that was active is not any more");
-            if !super::lock(&self.state).persistent
-                && let Err(error) = on_disk(move || self.forget_active()).await
-            {
-                tracing::warn!("{error}");
-            }
         }
     }
 }

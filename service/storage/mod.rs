@@ -333,7 +333,10 @@ impl Pool {
             room: state.room,
             volume_count: u32::try_from(state.volumes.len()).unwrap_or(u32::MAX),
             refreshed_usec: state.refreshed_usec,
-            features: ability.map_or(&[], |ability| ability.features),
+            features: match &state.open {
+                Some(open) => open.features(),
+                None => ability.map_or(&[], |ability| ability.features),
+            },
             owner: self.owner,
             problems: state.problems(),
             users: self.users_in(&state.target()).into(),
@@ -346,6 +349,13 @@ impl State {
     fn target(&self) -> PathBuf {
         let running = self.live.as_ref().unwrap_or(&self.def);
         PathBuf::from(running.target_path().unwrap_or_default())
+    }
+
+    /// It is lost; not if that is since it is being stopped.
+    fn set_inaccessible(&mut self) {
+        if self.phase == Phase::Running && self.follows.is_some() {
+            self.phase = Phase::Inaccessible;
+        }
     }
 
     /// With that one goes of which nothing is stored.
@@ -390,7 +400,14 @@ impl State {
     fn problems(&self) -> Vec<(&'static str, String)> {
         let mut problems = Vec::new();
         if self.phase == Phase::Inaccessible {
-            let text = "what it is made of is not there any more: see to it, and refresh or stop the pool".to_owned();
+            let device = self.live.as_ref().and_then(|live| live.mounted_device());
+            let text = match device {
+                Some(device) => format!(
+                    "the file system of {device} is not mounted on its folder any more: refresh the pool to have it mounted \
+                     again, or stop the pool"
+                ),
+                None => "what it is made of is not there any more: see to it, and refresh or stop the pool".to_owned(),
+            };
             problems.push(("inaccessible", text));
         }
         if self.unnameable > 0 {

@@ -1,5 +1,6 @@
 //! What can be done to a pool: its verbs, and the jobs that they begin.
 
+use super::follow::Occasion;
 use super::notes::NOTED;
 use super::work::JobWork;
 use super::{Note, Phase, Pool, State, StorageCheck};
@@ -9,11 +10,13 @@ use crate::fail_point;
 use crate::frames::{self, Changeable as _};
 use crate::job::Ticket;
 use crate::lock::lock;
+use crate::object::Usage;
 use crate::store::{Folder, on_disk};
 use crate::verb::{self, Verb};
+use std::path::Path;
 use std::sync::Arc;
 use uuid::Uuid;
-use virt_model::driver::storage::Work;
+use virt_model::driver::storage::{OpenPool, Work};
 use virt_model::storage::pool::PoolDef;
 
 /// How a pool is started.
@@ -93,7 +96,7 @@ impl Pool {
         .await?
         .and_then_run(move |pool, work| async move {
             let def = lock(&pool.state).def.clone();
-            pool.bring_up(def, options, &*work).await
+            pool.bring_up(def, options, Occasion::Anew, &*work).await
         })
     }
 
@@ -107,7 +110,7 @@ impl Pool {
         });
         begun.await?.and_then_run(move |pool, work| async move {
             let _unstarted = unstarted;
-            pool.bring_up(Arc::new(def), options, &*work).await
+            pool.bring_up(Arc::new(def), options, Occasion::Anew, &*work).await
         })
     }
 
@@ -120,8 +123,11 @@ impl Pool {
                 state.live.clone().filter(|_| state.phase == Phase::Inaccessible)
             };
             match lost {
-                // What is there now may be another folder.
-                Some(def) => pool.opens(def, &*work).await?,
+                // What is there now may be another folder, or is not mounted.
+                Some(def) => {
+                    pool.refuse_device_in_use("refresh", &def, true).await?;
+                    pool.opens(def, &*work).await?;
+                }
                 None => pool.look_at_all().await?,
             }
             pool.commit(vec![("refreshed", "")], |state| state.phase = Phase::Running);
@@ -134,12 +140,31 @@ impl Pool {
         let begun = self.job(caller, &verb::POOL_BUILD, departs, async { Ok(()) }).await?;
         begun.and_then_run(move |pool, work| async move {
             let def = lock(&pool.state).def.clone();
-            let built = pool.shared.host.storage.build(&def, overwrite, &*work).await;
-            built.map_err(|e| pool.failed("build", e))?;
+            pool.builds(&def, overwrite, &*work).await?;
             fail_point::reached();
             pool.commit(vec![("built", "")], |_| {});
             Ok(())
         })
+    }
+
+    /// The same for who has the turn. What a machine has for a disk is not overwritten.
+    pub(super) async fn builds(&self, def: &PoolDef, overwrite: bool, work: &dyn Work) -> Result<()> {
+        self.refuse_device_in_use("build", def, false).await?;
+        let built = self.shared.host.storage.build(def, overwrite, work).await;
+        built.map_err(|e| self.failed("build", e))
+    }
+
+    /// Refuses to mount, or to overwrite, a device that is a machine's disk. `running`: of a machine that runs.
+    pub(super) async fn refuse_device_in_use(&self, deed: &str, def: &PoolDef, running: bool) -> Result<()> {
+        let Some(device) = def.mounted_device() else { return Ok(()) };
+        let machines = self.shared.images.machines_on(Path::new(device), running).await;
+        match machines.is_empty() {
+            true => Ok(()),
+            false => {
+                let (name, machines) = (&self.name, machines.join(", "));
+                Err(Error::InUse(format!("cannot {deed} pool '{name}': its device {device} is used by {machines}")))
+            }
+        }
     }
 
     /// Removes what volumes were in, if it is empty.
@@ -155,33 +180,22 @@ impl Pool {
         })
     }
 
-    /// It is not used any more. What is in it stays, and so does who uses it: a folder is no mount.
+    /// It is not used any more. What is in it stays, and so does who uses it: a folder is no mount. What was mounted for it is
+    /// unmounted, and not while a guest runs on it.
     pub async fn destroy(self: &Arc<Self>, caller: &Caller) -> Result<()> {
         frames::short(self, caller, &verb::POOL_DESTROY, async {
-            let (open, busy) = {
-                let state = lock(&self.state);
-                let busy = state.volumes.iter().find(|(_, row)| row.is_busy()).map(|(name, _)| name.clone());
-                (state.open.clone(), busy)
-            };
-            if let Some(volume) = busy {
-                let text = format!(
-                    "something is done to volume '{volume}' of pool '{}': wait for its job, or cancel it; a client that it is \
-                     served to closes its connection",
-                    self.name
-                );
-                return Err(Error::OperationInvalid(text));
+            self.refuse_busy()?;
+            if let Some(open) = self.open() {
+                self.closes(&*open).await?;
             }
-            if let Some(open) = open {
-                open.close().await.map_err(|e| self.failed("stop", e))?;
-            }
-            let (pool, persistent) = (self.clone(), lock(&self.state).persistent);
+            fail_point::reached();
+            let pool = self.clone();
             on_disk(move || {
-                if !persistent {
-                    return pool.forget_active();
-                }
                 // What stands on what is asked of the notes from now on.
-                pool.save_noted(|_| {}).unwrap_or_else(|e| tracing::warn!(uuid = %pool.uuid, "{e}"));
-                pool.shared.store.active_pools().remove(pool.uuid)
+                if lock(&pool.state).persistent {
+                    pool.save_noted(|_| {}).unwrap_or_else(|e| tracing::warn!(uuid = %pool.uuid, "{e}"));
+                }
+                pool.forget_active()
             })
             .await?;
             fail_point::reached();
@@ -191,10 +205,39 @@ impl Pool {
         .await
     }
 
-    /// Removes all that is kept of one that is not stored. Without its notes it must not be found active. Blocks.
+    fn refuse_busy(&self) -> Result<()> {
+        let state = lock(&self.state);
+        let Some((volume, _)) = state.volumes.iter().find(|(_, row)| row.is_busy()) else { return Ok(()) };
+        Err(Error::OperationInvalid(format!(
+            "something is done to volume '{volume}' of pool '{}': wait for its job, or cancel it; a client that it is served to \
+             closes its connection",
+            self.name
+        )))
+    }
+
+    /// Takes back what was done to the host for it. On failure it is as before.
+    async fn closes(&self, open: &dyn OpenPool) -> Result<()> {
+        if open.is_mounted() {
+            self.refuse_users("stop", &self.users(), |user| user.how == Usage::Live)?;
+        }
+        // That it is not there any more is no loss now.
+        let follows = lock(&self.state).follows.take();
+        let closed = open.close().await;
+        if closed.is_err() {
+            lock(&self.state).follows = follows;
+        }
+        closed.map_err(|e| self.failed("stop", e))
+    }
+
+    /// Removes what says that it is active, and all that is kept of one that is not stored: without its notes it must not be found
+    /// active. Blocks.
     pub(super) fn forget_active(&self) -> Result<()> {
         self.shared.store.active_pools().remove(self.uuid)?;
-        self.shared.store.documents(Folder::Pools).remove_beside(self.uuid, NOTED)
+        let persistent = lock(&self.state).persistent;
+        match persistent {
+            true => Ok(()),
+            false => self.shared.store.documents(Folder::Pools).remove_beside(self.uuid, NOTED),
+        }
     }
 
     /// Forgets it. What is in it stays.
@@ -218,7 +261,7 @@ impl Pool {
 
     fn refuse_to_undefine(&self, force: bool) -> Result<()> {
         let users = self.users();
-        self.refuse_users("undefine", &users, |user| !force || user.how != crate::object::Usage::Config)
+        self.refuse_users("undefine", &users, |user| !force || user.how != Usage::Config)
     }
 
     /// What undefining it would meet.

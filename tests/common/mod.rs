@@ -20,6 +20,7 @@ pub mod cut_off;
 pub mod dead;
 pub mod deaf;
 pub mod guest;
+pub mod pools;
 pub mod snapshots;
 pub mod stats;
 pub mod users;

@@ -31,6 +31,7 @@ mod startup;
 mod stats;
 mod storage;
 mod storage_disks;
+mod storage_fs;
 mod storage_nbd;
 mod storage_quotas;
 mod storage_volumes;

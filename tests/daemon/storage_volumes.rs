@@ -1,8 +1,9 @@
 //! Volumes through the bus: what is made holds what it is to hold, what is in use stays, and whoever is killed leaves nothing half.
 
 use crate::common::client::{Client, Refusal, descriptor, options};
+use crate::common::pools::{Pool, Volume, document, machine};
 use crate::common::{Daemon, Setup, have};
-use crate::storage::{Pool, Volume, document, machine, pattern, same};
+use crate::storage::{pattern, same};
 use std::fs;
 use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::fs::FileExt as _;

@@ -12,7 +12,7 @@
 
 use super::{DriverError, GivenFile};
 use crate::domain::value::choices;
-use crate::storage::pool::{PoolDef, PoolKind};
+use crate::storage::pool::{PoolDef, PoolKind, PoolSource};
 use crate::storage::volume::VolumeDef;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -36,6 +36,9 @@ pub trait Storage: Send + Sync {
     /// Refuses a volume whose document asks for what no volume can be here. Waits for nothing.
     fn check_volume(&self, def: &VolumeDef) -> Result<(), DriverError>;
 
+    /// What pools of that kind could come from, of what nobody on the host uses. Error: `Unsupported` where that is not searched.
+    async fn find_sources(&self, kind: PoolKind) -> Result<Vec<PoolSource>, DriverError>;
+
     /// Makes what volumes are to be in. Without `overwrite`, what is there and is something stays. Repeatable.
     async fn build(&self, def: &PoolDef, overwrite: bool, work: &dyn Work) -> Result<(), DriverError>;
 
@@ -43,7 +46,7 @@ pub trait Storage: Send + Sync {
     async fn delete(&self, def: &PoolDef, work: &dyn Work) -> Result<(), DriverError>;
 
     /// Makes it usable, and takes away what was being made in it when somebody was killed. It stays usable until it is
-    /// [closed](OpenPool::close), whatever becomes of virtd.
+    /// [closed](OpenPool::close), whatever becomes of virtd; who opens it again finds it so. Error: nothing was done to the host.
     async fn open(&self, def: &PoolDef, work: &dyn Work) -> Result<Arc<dyn OpenPool>, DriverError>;
 }
 
@@ -52,6 +55,12 @@ pub trait Storage: Send + Sync {
 pub trait OpenPool: Send + Sync {
     /// Where its volumes are, without links on the way, as it was found. Waits for nothing.
     fn real_path(&self) -> &Path;
+
+    /// What can be done with it: of what its kind [can](PoolAbility::features) as much as its storage can. Waits for nothing.
+    fn features(&self) -> &'static [&'static str];
+
+    /// Whether its volumes are in their place only until it is [closed](OpenPool::close). Waits for nothing.
+    fn is_mounted(&self) -> bool;
 
     /// Its volumes, and how much room there is.
     async fn survey(&self, known: &KnownFormats) -> Result<Survey, DriverError>;
@@ -106,7 +115,7 @@ pub trait OpenPool: Send + Sync {
     /// Whether somebody has it open who writes it, and where it is to be `written`, anybody at all: QEMU and its tools say so.
     async fn is_open_elsewhere(&self, name: &str, written: bool) -> Result<bool, DriverError>;
 
-    /// Takes back what [`Storage::open`] did to the host.
+    /// Takes back what [`Storage::open`] did to the host. Error: that is there still, and the pool can be used as before.
     async fn close(&self) -> Result<(), DriverError>;
 }
 
@@ -152,6 +161,8 @@ pub struct PoolAbility {
     pub source_formats: &'static [&'static str],
     /// What can be done with it.
     pub features: &'static [&'static str],
+    /// What it could come from is [found](Storage::find_sources).
+    pub finds_sources: bool,
 }
 
 /// Which file it is, whatever it is called: a file that takes its name is another one.

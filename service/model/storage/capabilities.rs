@@ -1,5 +1,7 @@
 //! What a host can do with pools, as libvirt's document.
 
+use super::pool::PoolSource;
+use crate::domain::part::Part as _;
 use crate::driver::storage::PoolAbility;
 use crate::xml::Element;
 
@@ -25,6 +27,13 @@ pub fn capabilities(abilities: &[PoolAbility]) -> String {
     root.write()
 }
 
+/// `<sources>`: what pools could come from.
+pub fn sources(found: &[PoolSource]) -> String {
+    let mut root = Element::new("sources");
+    found.iter().for_each(|source| root.push(source.write("source")));
+    root.write()
+}
+
 fn choice(name: &str, values: &[&str]) -> Element {
     let mut choice = Element::new("enum").with_attr("name", name);
     values.iter().for_each(|value| choice.push(Element::new("value").with_text(*value)));
@@ -44,6 +53,7 @@ mod tests {
             volume_formats: &["raw", "qcow2"],
             source_formats: &[],
             features: &["create"],
+            finds_sources: false,
         };
         let cannot = PoolAbility {
             kind: PoolKind::Fs,
@@ -51,6 +61,7 @@ mod tests {
             volume_formats: &[],
             source_formats: &["ext4"],
             features: &[],
+            finds_sources: false,
         };
         let text = capabilities(&[can, cannot]);
         for part in [

@@ -9,7 +9,7 @@ mod check;
 pub mod pool;
 pub mod volume;
 
-pub use capabilities::capabilities;
+pub use capabilities::{capabilities, sources};
 pub use check::{UNFINISHED, check_volume_name, source_formats};
 
 use crate::domain::format::Format;

@@ -194,6 +194,12 @@ impl PoolDef {
         }
     }
 
+    /// The device whose file system is mounted for it, if that is what it is.
+    pub fn mounted_device(&self) -> Option<&str> {
+        let source = self.source.as_ref().filter(|_| self.kind == PoolKind::Fs)?;
+        source.devices.first().map(|device| &*device.path)
+    }
+
     /// What it is called where it comes from.
     pub fn source_name(&self) -> &str {
         self.source.as_ref().and_then(|source| source.name.as_deref()).unwrap_or(&self.name)

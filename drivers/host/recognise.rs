@@ -1,0 +1,131 @@
+//! What is on a device: libblkid says it, as a tool without rights, of a copy of those bytes in which it looks.
+
+use super::apart;
+use super::image::{Images, not_run};
+use super::tool::{Bounds, finish};
+use rustix::fs::{MemfdFlags, memfd_create};
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use virt_model::driver::DriverError;
+
+/// So much of the beginning of a device, and of its end, is copied: there what is on it says so.
+const EDGE: u64 = 4 << 20;
+/// So much is copied at once.
+const PIECE: u64 = 1 << 20;
+const BOUNDS: Bounds = Bounds { data: Some(256 << 20), cpu: Some(10), files: Some(64) };
+/// How the tool ends when it has recognised nothing.
+const NOTHING: i32 = 2;
+/// How it ends when it has recognised several things that exclude each other.
+const SEVERAL: i32 = 8;
+
+/// What is on a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Signs {
+    /// Nothing that anybody knows.
+    Nothing,
+    /// A file system of that type.
+    FileSystem(String),
+    /// Something else, called so for people.
+    Other(String),
+}
+
+impl Images {
+    /// What is on a device that is open, and called `path`. Nothing is written. Blocks.
+    pub fn recognise(&self, device: &File, path: &Path) -> Result<Signs, DriverError> {
+        let failed = |e: io::Error| DriverError::Storage(format!("cannot read {}: {e}", path.display()));
+        let edges = edges(device).map_err(failed)?;
+        self.stop.check()?;
+        let mut command = Command::new("blkid");
+        // What it was told before is in a file of the host's, and is not asked.
+        command.args(["-p", "-c", "/dev/null", "-o", "export", "/proc/self/fd/0"]).env("LC_ALL", "C");
+        command.stdin(Stdio::from(edges)).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let done = self.confine(&mut command, BOUNDS).and_then(|behind| {
+            let done = apart::without(|| behind.enter().and_then(|()| finish(&mut command, &self.stop, false)));
+            done.map_err(|e| behind.why(e))
+        });
+        let done = done.map_err(|e| not_run("blkid", "blkid is not installed (Debian has it in util-linux)", e))?;
+        match done.status.code() {
+            Some(0) => Ok(signs(&String::from_utf8_lossy(&done.stdout))),
+            Some(NOTHING) => Ok(Signs::Nothing),
+            Some(SEVERAL) => Ok(Signs::Other("more than one thing".to_owned())),
+            _ => Err(failed(io::Error::other(String::from_utf8_lossy(&done.stderr).trim().to_owned()))),
+        }
+    }
+}
+
+/// A file in memory that is as long as the device, and holds what is at its edges.
+fn edges(mut device: &File) -> io::Result<File> {
+    let length = device.seek(SeekFrom::End(0))?;
+    let copy = File::from(memfd_create("edges", MemfdFlags::CLOEXEC)?);
+    copy.set_len(length)?;
+    let begins = EDGE.min(length);
+    let mut piece = vec![0; PIECE as usize];
+    for (from, to) in [(0, begins), (length.saturating_sub(EDGE).max(begins), length)] {
+        for at in (from..to).step_by(PIECE as usize) {
+            let piece = &mut piece[..(to - at).min(PIECE) as usize];
+            device.read_exact_at(piece, at)?;
+            // What holds nothing takes no memory.
+            if piece.iter().any(|byte| *byte != 0) {
+                copy.write_all_at(piece, at)?;
+            }
+        }
+    }
+    Ok(copy)
+}
+
+/// What the tool's words say, each a name and a value.
+fn signs(words: &str) -> Signs {
+    let value = |name: &str| words.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+    match (value("TYPE"), value("USAGE"), value("PTTYPE")) {
+        (Some(kind), Some("filesystem"), _) => Signs::FileSystem(kind.to_owned()),
+        (Some(kind), ..) => Signs::Other(kind.to_owned()),
+        (None, _, Some(kind)) => Signs::Other(format!("a partition table ({kind})")),
+        (None, ..) => Signs::Other("something without a type".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::lender::Lender;
+    use uuid::Uuid;
+
+    #[test]
+    fn what_is_on_a_device_is_recognised_and_nothing_is_written() {
+        if Command::new("blkid").arg("-V").output().is_err() {
+            return eprintln!("SKIPPED: blkid is not installed");
+        }
+        let images = Images::new(Lender::Ours, Uuid::nil(), None);
+        let of = |fill: &dyn Fn(&File)| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(16 << 20).unwrap();
+            fill(&file);
+            images.recognise(&file, Path::new("/dev/x")).unwrap()
+        };
+        assert_eq!(of(&|_| ()), Signs::Nothing);
+        let swap = of(&|file| {
+            // Its version and its last page.
+            file.write_all_at(&[1, 0, 0, 0, 0xff, 0x0f, 0, 0], 1024).unwrap();
+            file.write_all_at(b"SWAPSPACE2", 4086).unwrap();
+        });
+        assert_eq!(swap, Signs::Other("swap".to_owned()));
+        let btrfs = of(&|file| file.write_all_at(b"_BHRfS_M", (64 << 10) + 64).unwrap());
+        assert_eq!(btrfs, Signs::FileSystem("btrfs".to_owned()));
+        let table = of(&|file| {
+            file.write_all_at(&[0, 0, 2, 0, 0x83, 0, 3, 0, 1, 0, 0, 0, 0, 8, 0, 0], 446).unwrap();
+            file.write_all_at(&[0x55, 0xaa], 510).unwrap();
+        });
+        assert_eq!(table, Signs::Other("a partition table (dos)".to_owned()));
+    }
+
+    #[test]
+    fn the_tools_words_are_read() {
+        let said = |words: &str| signs(words);
+        assert_eq!(said("DEVNAME=x\nTYPE=ext4\nUSAGE=filesystem\n"), Signs::FileSystem("ext4".to_owned()));
+        assert_eq!(said("TYPE=crypto_LUKS\nUSAGE=crypto\n"), Signs::Other("crypto_LUKS".to_owned()));
+        assert_eq!(said("PTTYPE=gpt\n"), Signs::Other("a partition table (gpt)".to_owned()));
+    }
+}
