@@ -166,7 +166,8 @@ impl Check<'_> {
             }
         }
         let emulated = [
-            (interface.model.is_some(), "model"),
+            // One that a network gives stands for the card that it is in a network of another mode.
+            (interface.model.is_some() && interface.network().is_none(), "model"),
             (interface.mtu.is_some(), "mtu"),
             (interface.bandwidth.is_some(), "bandwidth"),
             (interface.link.is_some(), "link"),

@@ -2,8 +2,9 @@
 //! `check` and docs/NETWORK-XML.md read.
 
 use super::NetworkDef;
-use super::forward::{ForwardMode, Mode};
-use crate::xml::{Element, Finding};
+use super::forward::Mode;
+use crate::device::hostdev::HostdevDriverName;
+use crate::xml::{Element, Finding, Place};
 
 /// What becomes of a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,10 +27,7 @@ const TABLE: &[(&str, Standing)] = &[
     ("title", Kept("for people")),
     ("description", Kept("for people")),
     ("metadata", Kept("for other programs")),
-    ("forward/@managed", Refused("is not supported: no mode of virtd's takes cards from their drivers for a network")),
-    ("forward/driver", Refused("is not supported: no mode of virtd's takes cards from their drivers for a network")),
-    ("forward/pf", Refused("is not supported: name the card in <hostdev> of the machine")),
-    ("forward/address", Refused("is not supported: name the card in <hostdev> of the machine")),
+    ("forward/driver/@model", Refused("is not supported: a card is handed over by the kernel's vfio-pci")),
     ("forward/interface/@connections", Kept("counted anew")),
     ("bridge/@macTableManager", Refused("is not supported: the kernel keeps the table")),
     ("domain/@register", Refused("is not supported: the host's resolver is told of no network")),
@@ -53,21 +51,37 @@ pub fn standing(path: &str) -> Standing {
 pub fn check(def: &NetworkDef) -> Vec<Finding> {
     let mut log = Vec::new();
     walk(&def.tree(), "", &mut log);
-    let forward = def.forward.as_ref();
-    match (def.mode(), forward) {
-        (Mode::Macvtap, Some(forward)) => {
-            let mode = forward.mode.unwrap_or(ForwardMode::Bridge);
-            let why = format!("mode='{mode}' without a bridge is not supported: use <interface type='direct'>");
-            log.push(Finding::unsupported(&forward.at.attribute("mode"), why));
-        }
-        (Mode::Hostdev, Some(forward)) => {
-            let why = "mode='hostdev' is not supported: use <interface type='hostdev'>";
-            log.push(Finding::unsupported(&forward.at.attribute("mode"), why));
-        }
-        _ => {}
+    if def.mode().has_no_bridge() {
+        check_without_bridge(def, &mut log);
     }
     log.sort_by_key(|finding| (finding.line, finding.column));
     log
+}
+
+/// What a network cannot say of cards on devices of the host's, or of cards that are such devices.
+fn check_without_bridge(def: &NetworkDef, log: &mut Vec<Finding>) {
+    let is_hostdev = def.mode() == Mode::Hostdev;
+    let mut refuse = |at: &Place, why: &str| log.push(Finding::unsupported(at, why));
+    let driver = def.forward.as_ref().and_then(|forward| forward.driver.as_ref());
+    if let Some(driver) = driver.filter(|driver| driver.name.is_some_and(|name| name != HostdevDriverName::Vfio)) {
+        refuse(&driver.at.attribute("name"), "a card is handed over by vfio: leave the name out");
+    }
+    if let Some(port) = def.port.as_ref().filter(|port| port.isolated == Some(true)) {
+        refuse(&port.at.attribute("isolated"), "ports are a bridge's: cards of mode='private' do not see each other");
+    }
+    for vlan in def.groups.iter().filter_map(|group| group.vlan.as_ref()) {
+        if !is_hostdev {
+            refuse(
+                &vlan.at,
+                "a device of the host's is in its VLAN for all: make one of the VLAN (ip link add … type vlan)",
+            );
+        } else if vlan.is_trunk() || vlan.tags.len() != 1 || !(1..=4094).contains(&vlan.tags[0].id) {
+            refuse(&vlan.at, "a card of the host's has one VLAN tag, from 1 to 4094, and is no trunk");
+        }
+    }
+    for limits in def.groups.iter().filter_map(|group| group.bandwidth.as_ref()).filter(|_| is_hostdev) {
+        refuse(&limits.at, "what passes a card of the host's does not pass the host's kernel, which cannot limit it");
+    }
 }
 
 fn walk(element: &Element, path: &str, log: &mut Vec<Finding>) {

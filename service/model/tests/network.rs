@@ -163,12 +163,7 @@ fn n3_what_does_not_act_is_refused_by_a_start_where_it_stands() {
         let def = NetworkDef::parse(&text).unwrap();
         let found: Vec<String> = check(&def).iter().map(|finding| finding.path.clone()).collect();
         let expected: &[&str] = match &*name {
-            "macvtap-bridge" | "macvtap-private" | "macvtap-passthrough" => &["/forward/@mode"],
-            "macvtap-vepa" => &["/forward/@mode", "/virtualport"],
-            "hostdev-function" => &["/forward/@managed", "/forward/@mode", "/forward/driver", "/forward/pf"],
-            "hostdev-addresses" => {
-                &["/forward/@managed", "/forward/@mode", "/forward/address[1]", "/forward/address[2]"]
-            }
+            "macvtap-vepa" => &["/virtualport"],
             "openvswitch" => &["/portgroup/virtualport", "/virtualport", "/vlan"],
             "bandwidth" => &["/bandwidth"],
             "portgroups" => &["/portgroup[2]/@trustGuestRxFilters"],
@@ -180,6 +175,21 @@ fn n3_what_does_not_act_is_refused_by_a_start_where_it_stands() {
         found.sort();
         assert_eq!(found, expected, "{name}");
     }
+}
+
+#[test]
+fn n3_without_a_bridge_nothing_is_said_of_ports() {
+    let found = |forward: &str, more: &str| {
+        let text = format!("<network><name>n</name>\n{forward}\n{more}</network>");
+        let found = check(&NetworkDef::parse(&text).unwrap());
+        found.iter().map(|one| format!("{}:{} {}", one.line, one.column, one.path)).collect::<Vec<_>>()
+    };
+    let more = "<port isolated='yes'/>\n<portgroup name='a'><vlan><tag id='7'/></vlan><bandwidth><inbound average='9'/></bandwidth></portgroup>";
+    let direct = "<forward mode='private'><interface dev='eth0'/></forward>";
+    assert_eq!(found(direct, more), ["3:1 /port/@isolated", "4:21 /portgroup/vlan"]);
+    let cards = "<forward mode='hostdev'><driver name='kvm'/><pf dev='eth0'/></forward>";
+    assert_eq!(found(cards, more), ["2:25 /forward/driver/@name", "3:1 /port/@isolated", "4:47 /portgroup/bandwidth"]);
+    assert_eq!(found(direct, "<portgroup name='a'><bandwidth><inbound average='9'/></bandwidth></portgroup>"), [""; 0]);
 }
 
 /// `docs/NETWORK-XML.md`: what becomes of every element and attribute of the format, written from the lists that decide it.
@@ -231,9 +241,20 @@ each: it *acts*; or it is *kept*, and asks for nothing at start; or it is *refus
 `DefineNetwork`, with line and column; so is what contradicts itself on any host (`tests/data/network/refused.txt` shows what is
 said of each kind).
 
-Of the modes, `nat`, `route`, `open`, none (isolated) and `bridge` with a `<bridge name=>` act; `private`, `vepa`, `passthrough`,
-`bridge` without one, and `hostdev` are refused by `Start`. A network of mode `nat` without `<ip>` gets one at its first start:
-the first free /24 from 192.168.122.0, which is stored.
+All modes act. A network of mode `nat` without `<ip>` gets one at its first start: the first free /24 from 192.168.122.0, which is
+stored.
+
+A network of mode `private`, `vepa`, `passthrough`, or `bridge` without a `<bridge name=>`, gives each card in it a device on one of the
+host's (macvtap), and one of mode `hostdev` one of the host's cards itself: a virtual function of a network card, whose address
+and VLAN the host sets. Which there are to choose from is said by `dev=` or `<interface dev=>`, for `hostdev` by `<address>` as well, and by
+`<pf dev=>`, which stands for all virtual functions that this card has; it is looked up by `Start` and by `Update`, and
+refused where one is not there, is in a bridge, or cannot be handed over; so is macvtap where the host's kernel has none.
+Devices of `passthrough` and `hostdev` are one card's alone; others are shared, and the one that fewest cards have is chosen. What is
+chosen is in the live document of the machine, whose card is of type `direct` or `hostdev` there and names its network still;
+its stored one stays of type `network`. It is free again when the machine ends or the card is detached. A start that finds none free is refused
+(`InUse`) and names who has each. Devices count that machines name themselves, too. What of a card the host cannot do with such a device, as
+filters, or limits of a card of the host's, is refused by `Start` of the machine; a `<model>` is not, and is what the card is in a network of
+another mode. `connections` of the live document counts all cards, and those on each `<interface>`; what was found for a `<pf>` is there as well.
 
 On a session bus, without root, `nat` and none (isolated) act: bridge, rules and dnsmasq are in a user namespace and a network namespace
 of the user's own, one of each for all of their networks, which the host does not see. What leaves a `nat` network goes out by pasta
