@@ -436,6 +436,9 @@ choices! {
     pub enum NativeMode { Tagged = "tagged", Untagged = "untagged", }
 }
 
+/// Numbers that VLANs have.
+pub const VLANS: std::ops::RangeInclusive<u16> = 1..=4094;
+
 element! {
     /// `<vlan>`: which of a bridge's VLANs the card is in, or that of a card of the host's.
     pub struct Vlan {
