@@ -197,7 +197,7 @@ impl Plugs {
         // Of limits and MTU what the card says itself counts more.
         let limits = group.and_then(|group| group.bandwidth.clone());
         card.bandwidth = card.bandwidth.take().or(limits);
-        let vlan = group.and_then(|group| group.vlan.clone());
+        let vlan = group.and_then(|group| group.vlan.clone()).or_else(|| network.vlan.clone());
         if vlan.is_none() && card.vlan.is_some() && network.groups.iter().any(|group| group.vlan.is_some()) {
             let text = format!(
                 "domain '{domain}': network '{}' says who is in which VLAN: leave out <vlan>, and name a port group of it \
@@ -311,6 +311,18 @@ mod tests {
         assert!(
             matches!(&refused, Error::OperationInvalid(text) if text.contains("no port group 'fast'")),
             "{refused}"
+        );
+        let whole = NetworkDef::parse(
+            "<network><name>home</name><forward mode='bridge'/><bridge name='br0'/><vlan><tag id='9'/></vlan>\
+             <portgroup name='office'><vlan><tag id='42'/></vlan></portgroup></network>",
+        );
+        plugs.are("home", Some(&Arc::new(whole.expect("a network"))), &Arc::default());
+        let vlan = |source: &str| plugged(&plugs, source, "<vlan><tag id='7'/></vlan>").expect("plugged").vlan;
+        let tags = |source: &str| vlan(source).iter().flat_map(|vlan| &vlan.tags).map(|tag| tag.id).collect::<Vec<_>>();
+        assert_eq!(
+            (tags(""), tags(" portgroup='office'")),
+            (vec![9], vec![42]),
+            "the network's, and its group's before it"
         );
         plugs.are_gone("home");
         assert!(matches!(plugged(&plugs, "", ""), Err(Error::NoSuchNetwork { .. })));

@@ -114,8 +114,11 @@ fn links_of(address: &str, sysfs: &Path) -> Vec<String> {
 mod tests {
     use super::*;
     use crate::host::pci::tests::host;
+    use crate::network::tests::{House, complete, is_inside, refused, run};
     use std::os::unix::fs::symlink;
     use std::path::PathBuf;
+    use virt_model::driver::network::NetworkDriver as _;
+    use virt_model::network::update::{Change, Command, Section};
 
     /// Functions 1 and 2 of the card 'ens1f0', of which the second has a network device.
     fn card_with_functions() -> tempfile::TempDir {
@@ -180,5 +183,48 @@ mod tests {
         let def = network("<forward mode='hostdev' managed='yes'><pf dev='ens1f0'/></forward>");
         let found = find(&def, dir.path(), &[]).unwrap();
         assert_eq!(obstacle(&def, dir.path(), &found), None);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn devices_that_guests_are_given_are_recorded_and_found_again() {
+        if !is_inside("network::devices::tests::devices_that_guests_are_given_are_recorded_and_found_again") {
+            return;
+        }
+        let house = House::new();
+        let networks = house.networks();
+        let direct = |devices: &str| {
+            format!("<network><name>direct</name><forward mode='private'>{devices}</forward></network>")
+        };
+        let def = complete(&direct("<interface dev='up0'/>"), &networks).await;
+        let why = refused(&house, def.clone()).await;
+        assert!(why.contains("the host has no device 'up0'"), "{why}");
+        run("ip link add up0 type veth peer name up1");
+        run("ip link add br7 type bridge");
+        run("ip link set up0 master br7");
+        let why = refused(&house, def.clone()).await;
+        assert!(why.contains("'up0' is in the bridge 'br7': name that"), "{why}");
+        run("ip link set up0 nomaster");
+        assert!(macvtap::missing_kind("nosuchkind").is_some());
+        assert!(macvtap::missing_kind("bridge").is_none(), "the kernel has these");
+        assert!(!run("ip -o link").contains("01:00:00:00:00:01"), "none was made");
+        if let Some(missing) = macvtap::missing() {
+            let why = refused(&house, def).await;
+            return assert!(why.contains(&missing.to_string()), "{why}");
+        }
+        networks.start(&def, 7).await.unwrap();
+        assert_eq!(networks.forward_devices(def.uuid).await, [ForwardDevice::link("up0")]);
+        let change = Change::read(Command::AddLast, Section::ForwardInterface, None, "<interface dev='up1'/>").unwrap();
+        let more = def.changed(&change).unwrap();
+        networks.change(&more).await.unwrap();
+        let both = ["up0", "up1"].map(ForwardDevice::link);
+        assert_eq!(networks.forward_devices(def.uuid).await, both);
+        let wrong = Change::read(Command::AddLast, Section::ForwardInterface, None, "<interface dev='up9'/>").unwrap();
+        let why = networks.change(&more.changed(&wrong).unwrap()).await.unwrap_err().to_string();
+        assert!(why.contains("no device 'up9'"), "{why}");
+        let next = house.networks();
+        assert_eq!(next.find().await.len(), 1, "virtd was killed");
+        assert_eq!(next.forward_devices(def.uuid).await, both);
+        next.stop(def.uuid).await.unwrap();
+        assert_eq!(next.forward_devices(def.uuid).await, []);
     }
 }

@@ -18,7 +18,7 @@ use super::zones;
 use crate::host::SYSFS;
 use crate::host::own_file::replace_json;
 use crate::host::process::boot_id;
-use crate::host::tap::output_within;
+use crate::host::tap::{default_vlan, output_within};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fs;
@@ -161,6 +161,7 @@ impl Maker {
         let Some(bridge) = def.bridge_name() else { return Err(io::Error::other("it has no name of a bridge")) };
         if def.mode() == Mode::Bridge {
             return match link::is_bridge(bridge)? {
+                true if def.vlan.is_some() => default_vlan(bridge).map(drop),
                 true => Ok(()),
                 false => Err(io::Error::other(format!("there is no bridge '{bridge}' on this host: make it first"))),
             };

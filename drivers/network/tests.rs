@@ -3,6 +3,7 @@
 use super::HostNetworks;
 use super::make::{Maker, Namespace};
 use super::rule_changes::RuleChanges;
+use crate::host::tap::{Rate, limit_of};
 use std::io;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -11,7 +12,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport, PluggedCard, ProblemToken};
 use virt_model::network::NetworkDef;
-use virt_model::network::forward::ForwardDevice;
 use virt_model::network::update::{Change, Command as Verb, Section};
 
 const INSIDE: &str = "VIRT_TEST_IN_NAMESPACES";
@@ -103,7 +103,7 @@ pub(super) fn home() -> String {
 }
 
 /// Why it is not started.
-async fn refused(house: &House, def: NetworkDef) -> String {
+pub(super) async fn refused(house: &House, def: NetworkDef) -> String {
     match house.networks().start(&def, 7).await {
         Err(NetworkError::Failed(why)) => why,
         other => panic!("{other:?}"),
@@ -467,6 +467,10 @@ async fn what_is_in_the_way_is_named_and_nothing_is_left() {
     let bridged = complete(bridged, &networks).await;
     assert!(refused(&house, bridged.clone()).await.contains("no bridge 'br7'"));
     run("ip link add br7 type bridge");
+    let tagged = bridged.write().replace("</network>", "<vlan><tag id='42'/></vlan></network>");
+    let why = refused(&house, complete(&tagged, &networks).await).await;
+    // A kernel without VLANs of bridges says that it has none.
+    assert!(why.contains("VLAN") && why.contains("bridge"), "{why}");
     networks.start(&bridged, 7).await.unwrap();
     networks.stop(bridged.uuid).await.unwrap();
     assert!(run("ip -o link show br7").contains("br7"), "it was there before");
@@ -481,7 +485,7 @@ async fn all_modes_and_both_families_are_made_and_taken_away() {
     let networks = house.networks();
     run("ip link add eth0 type veth peer name eth1");
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/network");
-    let mut made = 0;
+    let (mut made, mut limited) = (0, 0);
     for file in std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path()) {
         let text = std::fs::read_to_string(&file).unwrap();
         let Ok(mut def) = NetworkDef::parse(&text) else { continue };
@@ -499,10 +503,29 @@ async fn all_modes_and_both_families_are_made_and_taken_away() {
         }
         networks.start(&def, 7).await.unwrap_or_else(|why| panic!("{}: {why}", file.display()));
         made += 1;
+        if let Some(limits) = &def.bandwidth {
+            let held = [true, false].map(|to_guests| limit_of(def.bridge_name().unwrap(), to_guests).unwrap());
+            let [said, held] =
+                [Rate::both(Some(limits)), held].map(|rates| rates.map(|rate| rate.map(|rate| rate.average)));
+            assert_eq!((held, said), (said, [Some(1000), None]), "{}", file.display());
+            limited += 1;
+        }
         networks.stop(def.uuid).await.unwrap();
         assert_eq!(there(), (false, false, false), "{}", file.display());
     }
-    assert!(made > 15, "{made}");
+    assert!(made > 15 && limited == 1, "{made}, {limited}");
+    let outbound = "<network><name>out</name><bandwidth><outbound average='128'/></bandwidth><ip address='10.9.0.1' prefix='24'/></network>";
+    let def = complete(outbound, &networks).await;
+    match networks.start(&def, 7).await {
+        Ok(()) => {
+            let held = limit_of(def.bridge_name().unwrap(), false).unwrap();
+            assert_eq!(held.map(|held| held.average), Some(128));
+            networks.stop(def.uuid).await.unwrap();
+        }
+        // A kernel that cannot do it is told of, and nothing is left.
+        Err(why) => assert!(why.to_string().contains("police rate 128kbps"), "{why}"),
+    }
+    assert_eq!(there(), (false, false, false));
 }
 
 /// Where that program is.
@@ -635,46 +658,4 @@ async fn of_rules_only_others_are_heard_and_what_is_lost_may_be_theirs() {
     goes_on.store(false, Ordering::Relaxed);
     other.join().unwrap();
     settled.expect("in time").unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn devices_that_guests_are_given_are_recorded_and_found_again() {
-    if !is_inside("network::tests::devices_that_guests_are_given_are_recorded_and_found_again") {
-        return;
-    }
-    let house = House::new();
-    let networks = house.networks();
-    let direct =
-        |devices: &str| format!("<network><name>direct</name><forward mode='private'>{devices}</forward></network>");
-    let def = complete(&direct("<interface dev='up0'/>"), &networks).await;
-    let why = refused(&house, def.clone()).await;
-    assert!(why.contains("the host has no device 'up0'"), "{why}");
-    run("ip link add up0 type veth peer name up1");
-    run("ip link add br7 type bridge");
-    run("ip link set up0 master br7");
-    let why = refused(&house, def.clone()).await;
-    assert!(why.contains("'up0' is in the bridge 'br7': name that"), "{why}");
-    run("ip link set up0 nomaster");
-    assert!(crate::host::macvtap::missing_kind("nosuchkind").is_some());
-    assert!(crate::host::macvtap::missing_kind("bridge").is_none(), "the kernel has these");
-    assert!(!run("ip -o link").contains("01:00:00:00:00:01"), "none was made");
-    if let Some(missing) = crate::host::macvtap::missing() {
-        let why = refused(&house, def).await;
-        return assert!(why.contains(&missing.to_string()), "{why}");
-    }
-    networks.start(&def, 7).await.unwrap();
-    assert_eq!(networks.forward_devices(def.uuid).await, [ForwardDevice::link("up0")]);
-    let change = Change::read(Verb::AddLast, Section::ForwardInterface, None, "<interface dev='up1'/>").unwrap();
-    let more = def.changed(&change).unwrap();
-    networks.change(&more).await.unwrap();
-    let both = ["up0", "up1"].map(ForwardDevice::link);
-    assert_eq!(networks.forward_devices(def.uuid).await, both);
-    let wrong = Change::read(Verb::AddLast, Section::ForwardInterface, None, "<interface dev='up9'/>").unwrap();
-    let why = networks.change(&more.changed(&wrong).unwrap()).await.unwrap_err().to_string();
-    assert!(why.contains("no device 'up9'"), "{why}");
-    let next = house.networks();
-    assert_eq!(next.find().await.len(), 1, "virtd was killed");
-    assert_eq!(next.forward_devices(def.uuid).await, both);
-    next.stop(def.uuid).await.unwrap();
-    assert_eq!(next.forward_devices(def.uuid).await, []);
 }

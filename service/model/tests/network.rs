@@ -99,7 +99,6 @@ fn n1_every_name_of_the_format_is_in_a_document() {
         "/network/@trustGuestRxFilters",
         "/network/forward/driver/@model",
         "/network/forward/interface/@connections",
-        "/network/bandwidth/@classID",
     ];
     for (path, attributes) in vocabulary() {
         let path = if path.is_empty() { "/network".to_owned() } else { format!("/network/{path}") };
@@ -164,8 +163,8 @@ fn n3_what_does_not_act_is_refused_by_a_start_where_it_stands() {
         let found: Vec<String> = check(&def).iter().map(|finding| finding.path.clone()).collect();
         let expected: &[&str] = match &*name {
             "macvtap-vepa" => &["/virtualport"],
-            "openvswitch" => &["/portgroup/virtualport", "/virtualport", "/vlan"],
-            "bandwidth" => &["/bandwidth"],
+            "openvswitch" => &["/portgroup/virtualport", "/virtualport"],
+            "bandwidth" => &["/bandwidth/inbound/@floor"],
             "portgroups" => &["/portgroup[2]/@trustGuestRxFilters"],
             "mtu-and-zone" => &["/bridge/@macTableManager"],
             "for-people" => &["/dnsmasq:options", "/domain/@register"],
@@ -175,6 +174,31 @@ fn n3_what_does_not_act_is_refused_by_a_start_where_it_stands() {
         found.sort();
         assert_eq!(found, expected, "{name}");
     }
+}
+
+#[test]
+fn n3_all_guests_together_are_limited_and_in_a_vlan_where_that_can_be() {
+    let found = |forward: &str, more: &str| {
+        let text = format!("<network><name>n</name>\n{forward}\n{more}</network>");
+        let found = check(&NetworkDef::parse(&text).unwrap());
+        found.iter().map(|one| format!("{}:{} {}", one.line, one.column, one.path)).collect::<Vec<_>>()
+    };
+    let (limits, vlan) = ("<bandwidth><inbound average='9'/></bandwidth>", "<vlan><tag id='7'/></vlan>");
+    let (nat, bridge) = ("<forward mode='nat'/>", "<forward mode='bridge'/><bridge name='br0'/>");
+    let (cards, direct) = (
+        "<forward mode='hostdev'><pf dev='eth0'/></forward>",
+        "<forward mode='vepa'><interface dev='eth0'/></forward>",
+    );
+    for (forward, refuses_limits, refuses_vlan) in
+        [(nat, false, true), (bridge, true, false), (cards, true, false), (direct, true, true), ("", false, true)]
+    {
+        let refused = |path: &str, is: bool| if is { vec![format!("3:1 {path}")] } else { Vec::new() };
+        assert_eq!(found(forward, limits), refused("/bandwidth", refuses_limits), "{forward}");
+        assert_eq!(found(forward, vlan), refused("/vlan", refuses_vlan), "{forward}");
+    }
+    assert_eq!(found(nat, "<bandwidth><inbound average='0'/></bandwidth>"), ["3:12 /bandwidth/inbound"]);
+    assert_eq!(found(bridge, "<vlan><tag id='0'/></vlan>"), ["3:7 /vlan/tag/@id"]);
+    assert_eq!(found(cards, "<vlan><tag id='7'/><tag id='8'/></vlan>"), ["3:1 /vlan"]);
 }
 
 #[test]
@@ -276,7 +300,12 @@ configuration anew, or answers after a silence; virtd does not wait for that to 
 moved it to, or in none, where there is no such zone, or firewalld does not answer, `zone-lost` says what to do. virtd never starts firewalld; where it is not
 there, a zone asks for nothing. Just installed, virtd's zone is known to a firewalld that runs after `firewall-cmd --reload`.
 
-What a network says of isolated ports, and its port group of VLANs, holds for every machine in it, whatever the machine's own
+`<bandwidth>` of a network limits all its guests together, at the bridge that virtd makes: what passes between them and the host, or by the
+host to others, but not what they send each other; that of a port group or card limits that card alone. Networks whose bridge is
+another's, or that have none, are refused with it. `<vlan>` of a network is that of all cards whose port group has none: on a bridge of somebody else's
+that looks at VLAN tags, which is refused by `Start` where it does not, and of virtual functions (`hostdev`).
+
+What a network says of isolated ports and of VLANs, itself or in its port group, holds for every machine in it, whatever the machine's own
 document says. Of bandwidth and MTU the machine's own count more; an MTU is the bridge's and the host's end's, and virtio cards alone are
 told it.
 
