@@ -460,8 +460,6 @@ pub(super) fn node(chain: &[(PathBuf, String)]) -> Value {
     below
 }
 
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
