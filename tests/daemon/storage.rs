@@ -2,15 +2,13 @@
 //! share.
 
 use crate::common::client::{Client, Options, Refusal, Watch, descriptor, options};
-use crate::common::pools::{POOL, Pool, STORAGE, Volume, document, machine};
+use crate::common::pools::{POOL, Pool, STORAGE, Volume, document};
 use crate::common::users::BOB;
 use crate::common::{Daemon, Setup};
 use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use zbus::wire::Fd;
 use zbus::{ObjectPath, OwnedObjectPath, OwnedVariant, Variant};
 
 /// Something with holes that is nothing else.
