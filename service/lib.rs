@@ -16,6 +16,7 @@ pub mod facts;
 #[allow(clippy::disallowed_methods, reason = "its files are those of tests")]
 mod fail_point;
 pub mod fair;
+mod forward_devices;
 mod frames;
 mod frozen_disks;
 mod image_users;

@@ -2,6 +2,7 @@
 
 use crate::authz::Caller;
 use crate::error::{Error, Result};
+use crate::forward_devices::{Choosing, ForwardDevices};
 use crate::lock::lock;
 use std::collections::HashMap;
 use std::fmt;
@@ -24,6 +25,8 @@ pub(crate) struct Plugs {
     leases: Mutex<HashMap<String, Arc<[Lease]>>>,
     /// The cards of machines that run, by the machine, each with its network: as they were held to when they were plugged in.
     cards: Mutex<HashMap<Uuid, Vec<(String, PluggedCard)>>>,
+    /// The devices of the host's that networks give to cards.
+    pub forward_devices: ForwardDevices,
     starter: OnceLock<Starter>,
 }
 
@@ -38,6 +41,7 @@ impl fmt::Debug for Plugs {
 
 impl Plugs {
     /// There is a network of that name, with what there is of it on the host, if anything, and who has which address in it.
+    /// What it has to give to cards is said to `forward_devices`.
     pub fn are(&self, name: &str, live: Option<&Arc<NetworkDef>>, leases: &Arc<[Lease]>) {
         lock(&self.networks).insert(name.to_owned(), live.cloned());
         lock(&self.leases).insert(name.to_owned(), leases.clone());
@@ -47,6 +51,7 @@ impl Plugs {
     pub fn are_gone(&self, name: &str) {
         lock(&self.networks).remove(name);
         lock(&self.leases).remove(name);
+        self.forward_devices.are_gone(name);
     }
 
     /// From now on networks are started so.
@@ -80,6 +85,7 @@ impl Plugs {
 
     /// What runs of a machine now has these cards.
     pub fn has_cards(&self, domain: Uuid, live: Option<&DomainDef>) {
+        self.forward_devices.runs(domain, live);
         let cards = live.into_iter().flat_map(|def| &def.devices.interfaces);
         let cards = cards.filter(|card| card.kind == InterfaceKind::Network).filter_map(|card| {
             let network = card.source.as_ref()?.network.clone()?;
@@ -102,17 +108,38 @@ impl Plugs {
         cards.map(|card| PluggedCard { isolated: is_isolated(network, card.isolated), ..card }).collect()
     }
 
-    /// Says in a definition which bridge each card in a network is plugged into, and what its network has it held to: whoever
+    /// A network that is there as it is shown: with how many guests' cards are in it, and the devices that it gives to them.
+    pub fn shown(&self, network: &NetworkDef) -> NetworkDef {
+        let mut shown = network.clone();
+        shown.show_devices(&self.forward_devices.of(&network.name));
+        let had = self.forward_devices.had_of(&network.name);
+        let in_bridge = lock(&self.cards).values().flatten().filter(|(of, _)| *of == network.name).count();
+        let number = |count: usize| u32::try_from(count).ok().filter(|count| *count > 0);
+        shown.connections = number(in_bridge + had.len());
+        for interface in shown.forward.iter_mut().flat_map(|forward| &mut forward.interfaces) {
+            let devices = self.forward_devices.of(&network.name);
+            let device = devices.iter().find(|device| device.link.as_ref() == Some(&interface.dev));
+            interface.connections = device.and_then(|device| number(had.iter().filter(|had| had.is(device)).count()));
+        }
+        shown
+    }
+
+    /// Says in a definition which bridge each card in a network is plugged into, or which device of the host's it is given, and what its network has it held to: whoever
     /// defines the machine need not be who defines the network, and cannot undo what that says. The bridge that an earlier start
     /// said is of no account. So is it with the address on which a display listens. Errors: `NoSuchNetwork`, `OperationInvalid` if it is
-    /// not active, or has no address for that.
+    /// not active, or has no address for that; `InUse` if it has no device left.
     pub fn plug(&self, def: &mut Arc<DomainDef>) -> Result<()> {
         if def.named_networks().next().is_none() {
             return Ok(());
         }
         let name = def.name.clone();
+        {
+            let mut choosing = self.forward_devices.choosing(def.uuid, &name, Some(def));
+            let cards = &mut Arc::make_mut(def).devices.interfaces;
+            cards.iter_mut().try_for_each(|card| self.plug_into_its_network(&mut choosing, card))?;
+            choosing.keep();
+        }
         let devices = &mut Arc::make_mut(def).devices;
-        devices.interfaces.iter_mut().try_for_each(|card| self.plug_card(&name, card))?;
         devices.graphics.iter_mut().try_for_each(|display| self.place_display(&name, display))
     }
 
@@ -147,20 +174,30 @@ impl Plugs {
         }
     }
 
-    /// The same of one card, if it is in a network.
-    pub fn plug_card(&self, domain: &str, card: &mut Interface) -> Result<()> {
-        if card.kind != InterfaceKind::Network {
-            return Ok(());
+    /// The same of one more card of a machine that runs, if it is in a network.
+    pub fn plug_card(&self, domain: Uuid, name: &str, card: &mut Interface) -> Result<()> {
+        let mut choosing = self.forward_devices.choosing(domain, name, None);
+        self.plug_into_its_network(&mut choosing, card)?;
+        choosing.keep();
+        Ok(())
+    }
+
+    fn plug_into_its_network(&self, choosing: &mut Choosing<'_>, card: &mut Interface) -> Result<()> {
+        let Some(named) = card.network().map(str::to_owned) else { return Ok(()) };
+        let network = self.active(choosing.name(), "a card in", &named)?;
+        if network.mode().has_no_bridge() {
+            choosing.choose(&network, card)?;
+        } else {
+            card.leave_forward_device();
         }
+        let domain = choosing.name();
         let source = card.source.get_or_insert_default();
-        let named = source.network.clone().unwrap_or_default();
-        let network = self.active(domain, "a card in", &named)?;
         source.bridge = network.bridge_name().map(str::to_owned);
         let group = network.group(source.rest.attr("portgroup")).map_err(Error::OperationInvalid)?;
         // Of limits and MTU what the card says itself counts more.
         let limits = group.and_then(|group| group.bandwidth.clone());
         card.bandwidth = card.bandwidth.take().or(limits);
-        let vlan = group.and_then(|group| group.vlan.clone());
+        let vlan = group.and_then(|group| group.vlan.clone()).or_else(|| network.vlan.clone());
         if vlan.is_none() && card.vlan.is_some() && network.groups.iter().any(|group| group.vlan.is_some()) {
             let text = format!(
                 "domain '{domain}': network '{}' says who is in which VLAN: leave out <vlan>, and name a port group of it \
@@ -274,6 +311,18 @@ mod tests {
         assert!(
             matches!(&refused, Error::OperationInvalid(text) if text.contains("no port group 'fast'")),
             "{refused}"
+        );
+        let whole = NetworkDef::parse(
+            "<network><name>home</name><forward mode='bridge'/><bridge name='br0'/><vlan><tag id='9'/></vlan>\
+             <portgroup name='office'><vlan><tag id='42'/></vlan></portgroup></network>",
+        );
+        plugs.are("home", Some(&Arc::new(whole.expect("a network"))), &Arc::default());
+        let vlan = |source: &str| plugged(&plugs, source, "<vlan><tag id='7'/></vlan>").expect("plugged").vlan;
+        let tags = |source: &str| vlan(source).iter().flat_map(|vlan| &vlan.tags).map(|tag| tag.id).collect::<Vec<_>>();
+        assert_eq!(
+            (tags(""), tags(" portgroup='office'")),
+            (vec![9], vec![42]),
+            "the network's, and its group's before it"
         );
         plugs.are_gone("home");
         assert!(matches!(plugged(&plugs, "", ""), Err(Error::NoSuchNetwork { .. })));

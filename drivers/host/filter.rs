@@ -8,6 +8,7 @@ use super::tap::output_within;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use virt_model::device::filter::{FilterName, FilterRef, FilterVariable};
 use virt_model::domain::value::Mac;
 
@@ -30,8 +31,9 @@ impl FilterPlan {
         let of = Operands {
             mac: macs.first().copied().unwrap_or(mac),
             macs: set(&macs),
-            ips: set(&filter.addresses(FilterVariable::Ip)),
-            dhcp_servers: set(&filter.addresses(FilterVariable::DhcpServer)),
+            ips: set(&filter.addresses::<Ipv4Addr>(FilterVariable::Ip)),
+            ip6s: set(&filter.addresses::<Ipv6Addr>(FilterVariable::Ipv6)),
+            dhcp_servers: set(&filter.addresses::<IpAddr>(FilterVariable::DhcpServer)),
             gateways: set(&filter.macs(FilterVariable::GatewayMac)),
         };
         plan.add(filter.name, &of);
@@ -58,7 +60,7 @@ impl FilterPlan {
     /// Adds what a filter says, in the order in which libvirt has it looked at.
     fn add(&mut self, filter: FilterName, of: &Operands) {
         use FilterName as F;
-        let Operands { mac, macs, ips, dhcp_servers, gateways } = of;
+        let Operands { mac, macs, ips, ip6s, dhcp_servers, gateways } = of;
         match filter {
             F::CleanTraffic => {
                 self.all(&[F::NoMacSpoofing, F::NoIpSpoofing], of);
@@ -94,6 +96,22 @@ impl FilterPlan {
                 self.from(asked);
                 let server = if filter == F::AllowDhcp { String::new() } else { format!("ip saddr {dhcp_servers} ") };
                 self.to(format!("ether type ip {server}udp sport 67 udp dport 68 accept"));
+            }
+            F::NoIpv6Spoofing => {
+                // Who has no address of the network's yet asks for one by that of the link.
+                self.from(format!("ether type ip6 ip6 saddr != fe80::/10 ip6 saddr != {ip6s} drop"));
+                let asks = "ether type ip6 ip6 saddr fe80::/10 meta l4proto != udp";
+                self.from(format!("{asks} ip6 saddr != {ip6s} drop"));
+            }
+            F::NoIpv6Multicast => self.from("ether type ip6 ip6 daddr ff00::/8 drop"),
+            F::AllowIpv6 => self.both("ether type ip6 accept"),
+            F::AllowIncomingIpv6 => self.to("ether type ip6 accept"),
+            F::AllowDhcpv6 | F::AllowDhcpv6Server => {
+                let asked = "ip6 saddr fe80::/10 ip6 daddr ff02::1:2 udp sport 546 udp dport 547";
+                self.from(format!("ether type ip6 {asked} accept"));
+                let server =
+                    if filter == F::AllowDhcpv6 { String::new() } else { format!("ip6 saddr {dhcp_servers} ") };
+                self.to(format!("ether type ip6 {server}udp sport 547 udp dport 546 accept"));
             }
             F::QemuAnnounceSelf => {
                 // What an old QEMU sends in place of RARP.
@@ -146,6 +164,7 @@ struct Operands {
     mac: Mac,
     macs: String,
     ips: String,
+    ip6s: String,
     dhcp_servers: String,
     gateways: String,
 }

@@ -25,7 +25,11 @@ fn filter(name: FilterName) -> FilterRef {
     let parameters = vec![
         parameter(FilterVariable::Ip, "10.0.0.5"),
         parameter(FilterVariable::Ip, "10.0.0.55"),
-        parameter(FilterVariable::DhcpServer, "10.0.0.1"),
+        parameter(FilterVariable::Ipv6, "fd00::5"),
+        parameter(
+            FilterVariable::DhcpServer,
+            if name == FilterName::AllowDhcpv6Server { "fd00::1" } else { "10.0.0.1" },
+        ),
         parameter(FilterVariable::GatewayMac, &OTHER.to_string()),
     ];
     FilterRef { name, parameters, ..FilterRef::default() }
@@ -85,10 +89,18 @@ fn packet(to: Mac, from: Mac, source: [u8; 4], target: [u8; 4], protocol: u8) ->
 
 /// A packet of IPv6 with nothing in it, of such a length, too: the bridge lets none pass that is malformed.
 fn packet6(to: Mac, from: Mac) -> Vec<u8> {
-    let address = |last: u8| [&[0xfe, 0x80][..], &[0; 13], &[last]].concat();
-    let head = [0x60, 0, 0, 0, 0, 6, 59, 64];
-    frame(to, from, IPV6, &[&head[..], &address(5), &address(6), &[0; 6]].concat())
+    packet6_from(to, from, LINK6, 59)
 }
+
+/// The same from the address that begins and ends so, with such a protocol.
+fn packet6_from(to: Mac, from: Mac, (net, last): ([u8; 2], u8), protocol: u8) -> Vec<u8> {
+    let address = |net: [u8; 2], last: u8| [&net[..], &[0; 13], &[last]].concat();
+    let head = [0x60, 0, 0, 0, 0, 6, protocol, 64];
+    frame(to, from, IPV6, &[&head[..], &address(net, last), &address(LINK6.0, 6), &[0; 6]].concat())
+}
+
+/// fe80::5
+const LINK6: ([u8; 2], u8) = ([0xfe, 0x80], 5);
 
 /// A word of ARP, or of RARP.
 fn arp(from: Mac, protocol: u16, word: u8, sender: (Mac, [u8; 4]), target: (Mac, [u8; 4])) -> Vec<u8> {
@@ -160,7 +172,23 @@ fn what_is_false_stays_out_and_what_is_right_passes() {
     let gateway = Card::new("gateway", Some(FilterName::CleanTrafficGateway));
     let elsewhere = [packet(Mac([0x52, 0x54, 0, 0, 0, 7]), OURS, HERE, THERE, UDP), right];
     assert_eq!(passed(&gateway, &beside, &elsewhere), [false, true]);
-    drop((quiet, gateway));
+    let six = Card::new("six", Some(FilterName::NoIpv6Spoofing));
+    let (own, link, false_one) = (([0xfd, 0], 5), LINK6, ([0xfd, 0], 6));
+    let from6 = |address, protocol| packet6_from(OTHER, OURS, address, protocol);
+    let frames = [
+        (from6(false_one, UDP), false),
+        (from6(link, TCP), false),
+        (from6(link, UDP), true),
+        (packet(OTHER, OURS, THERE, HERE, TCP), true),
+        (from6(own, TCP), true),
+    ];
+    let (frames, expected): (Vec<_>, Vec<_>) = frames.into_iter().unzip();
+    assert_eq!(passed(&six, &beside, &frames), expected);
+    let none = Card::new("none", Some(FilterName::NoIpv6Multicast));
+    let mut to_all = from6(own, UDP);
+    to_all[38] = 0xff;
+    assert_eq!(passed(&none, &beside, &[to_all, from6(own, UDP)]), [false, true]);
+    drop((quiet, gateway, six, none));
     // nft takes all of them.
     FilterName::ALL.iter().enumerate().for_each(|(n, name)| drop(Card::new(&format!("each{n}"), Some(*name))));
     sweep().unwrap();

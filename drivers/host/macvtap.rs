@@ -79,10 +79,25 @@ pub fn free_name(mut taken: impl FnMut(&str) -> bool) -> Option<String> {
     names.into_iter().find(|name| !Path::new("/sys/class/net").join(name).exists() && taken(name))
 }
 
+/// Why no such device can be made on this host at all, if that is so. Makes none. Blocks.
+pub fn missing() -> Option<io::Error> {
+    missing_kind("macvtap")
+}
+
+/// The kernel judges the address, which is that of many cards, before it makes anything; and before that, whether it knows the kind,
+/// whose module it loads for that.
+pub(crate) fn missing_kind(kind: &str) -> Option<io::Error> {
+    let refused = run("ip", &["link", "add", "link", "lo", "address", "01:00:00:00:00:01", "type", kind]).err()?;
+    Some(explain(refused)).filter(|error| error.to_string() == UNKNOWN)
+}
+
+/// What is said where the kernel does not know them.
+const UNKNOWN: &str = "this host's kernel has no macvtap (modprobe macvtap)";
+
 fn explain(error: io::Error) -> io::Error {
     let text = error.to_string();
     let unknown = ["Operation not supported", "Unknown device type"].iter().any(|words| text.contains(words));
-    if unknown { io::Error::other("this host's kernel has no macvtap (modprobe macvtap)") } else { error }
+    if unknown { io::Error::other(UNKNOWN) } else { error }
 }
 
 #[cfg(test)]

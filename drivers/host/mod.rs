@@ -60,3 +60,6 @@ pub mod vsock;
 #[allow(clippy::disallowed_methods, reason = "the folders of the host itself that every guest is shown, and /proc")]
 pub mod wall;
 pub mod workers;
+
+/// Where the kernel shows the host's devices.
+pub const SYSFS: &str = "/sys";

@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Output, Stdio};
-use virt_model::device::interface::{NativeMode, Vlan, VlanTag};
+use virt_model::device::interface::{self, Bandwidth, NativeMode, Vlan, VlanTag};
 
 /// How many seconds a program has that looks at the host's network or changes it: some milliseconds are usual.
 const LIMIT: u32 = 20;
@@ -88,6 +88,20 @@ pub struct Rate {
     pub peak: Option<u64>,
     /// At peak speed at once, in units of 1024 bytes.
     pub burst: Option<u64>,
+}
+
+impl Rate {
+    /// What a document says; none where it says no average.
+    pub fn of(said: &interface::Rate) -> Option<Rate> {
+        Some(Rate { average: said.average?, peak: said.peak, burst: said.burst })
+    }
+
+    /// What passes to the guest, or guests, and from there.
+    pub fn both(limits: Option<&Bandwidth>) -> [Option<Rate>; 2] {
+        let (inbound, outbound) =
+            (limits.and_then(|limits| limits.inbound.as_ref()), limits.and_then(|limits| limits.outbound.as_ref()));
+        [inbound, outbound].map(|rate| rate.and_then(Rate::of))
+    }
 }
 
 /// `struct ifreq` as far as it is used here.
@@ -250,6 +264,22 @@ const SIOCBRADDIF: libc::c_ulong = 0x89a2;
 
 /// Leaves the VLAN that the bridge puts every port in, and joins those that are wanted. Until the device is up nothing passes.
 fn join_vlans(name: &str, bridge: &str, vlans: &[VlanPlan]) -> io::Result<()> {
+    let had = default_vlan(bridge)?;
+    if had != 0 {
+        run("bridge", &["vlan", "del", "dev", name, "vid", &had.to_string()])?;
+    }
+    for vlan in vlans {
+        let id = vlan.id.to_string();
+        let native = vlan.native.then_some("pvid");
+        let plain = (!vlan.tagged).then_some("untagged");
+        let words = ["vlan", "add", "dev", name, "vid", &id].into_iter().chain(native).chain(plain);
+        run("bridge", &words.collect::<Vec<_>>())?;
+    }
+    Ok(())
+}
+
+/// The VLAN that a bridge puts every port in; 0: none. Error: it looks at no VLANs. Blocks.
+pub fn default_vlan(bridge: &str) -> io::Result<u64> {
     // By no file below /sys: that shows the host's network, and these may be in another.
     let told: serde_json::Value =
         serde_json::from_slice(&output("ip", &["-json", "-details", "link", "show", "dev", bridge])?)?;
@@ -262,17 +292,7 @@ fn join_vlans(name: &str, bridge: &str, vlans: &[VlanPlan]) -> io::Result<()> {
         let how = format!("ip link set {bridge} type bridge vlan_filtering 1");
         return Err(io::Error::other(format!("the bridge '{bridge}' does not look at VLAN tags: {how}")));
     }
-    if had != 0 {
-        run("bridge", &["vlan", "del", "dev", name, "vid", &had.to_string()])?;
-    }
-    for vlan in vlans {
-        let id = vlan.id.to_string();
-        let native = vlan.native.then_some("pvid");
-        let plain = (!vlan.tagged).then_some("untagged");
-        let words = ["vlan", "add", "dev", name, "vid", &id].into_iter().chain(native).chain(plain);
-        run("bridge", &words.collect::<Vec<_>>())?;
-    }
-    Ok(())
+    Ok(had)
 }
 
 /// `struct ethtool_coalesce`: a command and 22 numbers, of which one is used here.

@@ -1,7 +1,7 @@
 //! The host's device of a network, its addresses and routes; and what the host has of these that is not ours. All by iproute2.
 
 use super::inside::Card;
-use crate::host::tap::{TapPlan, output_within, plug_again};
+use crate::host::tap::{Rate, TapPlan, change_limit, output_within, plug_again};
 use serde_json::Value;
 use std::fs;
 use std::io;
@@ -89,6 +89,10 @@ pub fn make(def: &NetworkDef, name: &str) -> io::Result<()> {
         ip(&["link", "set", "dev", name, "type", "bridge", "stp_state", stp])?;
     }
     settle(def, name)?;
+    for (rate, to_guests) in Rate::both(def.bandwidth.as_ref()).into_iter().zip([true, false]) {
+        // What is on its way to guests leaves the host by the bridge.
+        change_limit(name, rate, to_guests)?;
+    }
     for (address, net) in def.addresses() {
         let text = format!("{address}/{}", net.prefix);
         // Nobody else is in it yet: there is nothing to be waited for.

@@ -6,6 +6,7 @@
 //!  record "unmaking" ─▶ server, rules, bridge away ─▶ record away
 //! ```
 
+use super::devices;
 use super::foreign::{self, Needs, Ruleset};
 use super::inside::{Card, Place};
 use super::link::{self, HostRoute};
@@ -14,9 +15,10 @@ use super::rules;
 use super::serve::{self, Files, Rights, Served};
 use super::server;
 use super::zones;
+use crate::host::SYSFS;
 use crate::host::own_file::replace_json;
 use crate::host::process::boot_id;
-use crate::host::tap::output_within;
+use crate::host::tap::{default_vlan, output_within};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::fs;
@@ -29,7 +31,7 @@ use uuid::Uuid;
 use virt_model::driver::network::{Lease, NetworkError, PartlySeen, PluggedCard, Problem, ProblemToken};
 use virt_model::network::NetworkDef;
 use virt_model::network::address::Net;
-use virt_model::network::forward::Mode;
+use virt_model::network::forward::{ForwardDevice, Mode};
 use virt_model::network::standing;
 use virt_model::xml::{Finding, Limits};
 
@@ -72,6 +74,9 @@ struct Record {
     owner: u32,
     /// The definition, as text.
     xml: String,
+    /// The devices of the host's that it gives to guests' cards.
+    #[serde(default)]
+    devices: Vec<ForwardDevice>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,7 +120,11 @@ impl Maker {
     }
 
     fn record(&self, def: &NetworkDef, owner: u32, phase: Phase) -> io::Result<()> {
-        let record = Record { boot_id: boot_id()?, phase, owner, xml: def.write() };
+        self.record_with(def, owner, phase, Vec::new())
+    }
+
+    fn record_with(&self, def: &NetworkDef, owner: u32, phase: Phase, devices: Vec<ForwardDevice>) -> io::Result<()> {
+        let record = Record { boot_id: boot_id()?, phase, owner, xml: def.write(), devices };
         replace_json(&self.folder(def.uuid).join("record.json"), &record, false)
     }
 
@@ -144,9 +153,15 @@ impl Maker {
     }
 
     fn is_free(&self, def: &NetworkDef) -> io::Result<()> {
+        if def.mode().has_no_bridge() {
+            let found = devices::find(def, Path::new(SYSFS), &[])?;
+            let obstacle = devices::obstacle(def, Path::new(SYSFS), &found);
+            return obstacle.map_or(Ok(()), |why| Err(io::Error::other(why)));
+        }
         let Some(bridge) = def.bridge_name() else { return Err(io::Error::other("it has no name of a bridge")) };
         if def.mode() == Mode::Bridge {
             return match link::is_bridge(bridge)? {
+                true if def.vlan.is_some() => default_vlan(bridge).map(drop),
                 true => Ok(()),
                 false => Err(io::Error::other(format!("there is no bridge '{bridge}' on this host: make it first"))),
             };
@@ -218,7 +233,8 @@ impl Maker {
         self.record(def, owner, Phase::Making)?;
         self.step()?;
         let Some(bridge) = def.bridge_name().filter(|_| def.mode().is_ours()) else {
-            self.record(def, owner, Phase::Made)?;
+            let devices = devices::find(def, Path::new(SYSFS), &[])?;
+            self.record_with(def, owner, Phase::Made, devices)?;
             return Ok(());
         };
         link::make(def, bridge)?;
@@ -408,11 +424,14 @@ impl Maker {
             return own.change(self, def);
         }
         let folder = self.folder(def.uuid);
-        let (owner, before) = match read(&folder) {
-            Ok(Some((record, before))) => (record.owner, before),
+        let (record, before) = match read(&folder) {
+            Ok(Some(read)) => read,
             _ => return Err(NetworkError::Failed(format!("the network '{}' is not there", def.name))),
         };
-        let done = self.bring(&before, def).and_then(|()| self.record(def, owner, Phase::Made));
+        let done = devices::find(def, Path::new(SYSFS), &record.devices).and_then(|devices| {
+            self.bring(&before, def)?;
+            self.record_with(def, record.owner, Phase::Made, devices)
+        });
         done.map_err(|error| {
             if let Err(why) = self.bring(def, &before) {
                 tracing::warn!(network = %def.name, %why, "it cannot be brought back to what it was");
@@ -443,6 +462,11 @@ impl Maker {
         let names = to.has_dns().then_some("names");
         let reservations = to.has_dhcp().then_some("reservations");
         server::reload(&folder, &names.into_iter().chain(reservations).collect::<Vec<_>>())
+    }
+
+    /// The devices of the host's that it gives to guests' cards.
+    pub fn forward_devices(&self, uuid: Uuid) -> Vec<ForwardDevice> {
+        read(&self.folder(uuid)).ok().flatten().map(|(record, _)| record.devices).unwrap_or_default()
     }
 
     /// Who has which address.

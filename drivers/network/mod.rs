@@ -8,11 +8,13 @@
 //! | `rules` | one table of nftables for each network |
 //! | `serve`, `server` | what dnsmasq is told; its process |
 //! | `leases` | who has which address |
+//! | `devices` | devices of the host's that guests' cards are given |
 //! | `foreign`, `rule_changes` | what others' rules stand in the way of; when others change them |
 //! | `zones` | the zone of firewalld's that a bridge is in |
 //! | `own` | the namespaces of a user without root, who holds them, and their uplink |
 //! | `inside` | what is done in these, by a process that goes there |
 
+mod devices;
 mod foreign;
 pub mod inside;
 pub mod leases;
@@ -45,6 +47,7 @@ use virt_model::driver::network::{
 };
 use virt_model::network::NetworkDef;
 use virt_model::network::address::Net;
+use virt_model::network::forward::ForwardDevice;
 use virt_model::xml::Finding;
 use zones::Zones;
 
@@ -284,6 +287,10 @@ impl NetworkDriver for HostNetworks {
         let done = self.does(move |maker| maker.change(&def)).await?;
         self.tell(uuid);
         done
+    }
+
+    async fn forward_devices(&self, uuid: Uuid) -> Vec<ForwardDevice> {
+        self.does(move |maker| maker.forward_devices(uuid)).await.unwrap_or_default()
     }
 
     async fn plug(&self, def: &NetworkDef, cards: Vec<PluggedCard>) {

@@ -3,6 +3,7 @@
 use super::HostNetworks;
 use super::make::{Maker, Namespace};
 use super::rule_changes::RuleChanges;
+use crate::host::tap::{Rate, limit_of};
 use std::io;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -102,7 +103,7 @@ pub(super) fn home() -> String {
 }
 
 /// Why it is not started.
-async fn refused(house: &House, def: NetworkDef) -> String {
+pub(super) async fn refused(house: &House, def: NetworkDef) -> String {
     match house.networks().start(&def, 7).await {
         Err(NetworkError::Failed(why)) => why,
         other => panic!("{other:?}"),
@@ -466,6 +467,10 @@ async fn what_is_in_the_way_is_named_and_nothing_is_left() {
     let bridged = complete(bridged, &networks).await;
     assert!(refused(&house, bridged.clone()).await.contains("no bridge 'br7'"));
     run("ip link add br7 type bridge");
+    let tagged = bridged.write().replace("</network>", "<vlan><tag id='42'/></vlan></network>");
+    let why = refused(&house, complete(&tagged, &networks).await).await;
+    // A kernel without VLANs of bridges says that it has none.
+    assert!(why.contains("VLAN") && why.contains("bridge"), "{why}");
     networks.start(&bridged, 7).await.unwrap();
     networks.stop(bridged.uuid).await.unwrap();
     assert!(run("ip -o link show br7").contains("br7"), "it was there before");
@@ -516,7 +521,7 @@ async fn all_modes_and_both_families_are_made_and_taken_away() {
     let networks = house.networks();
     run("ip link add eth0 type veth peer name eth1");
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/network");
-    let mut made = 0;
+    let (mut made, mut limited) = (0, 0);
     for file in std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path()) {
         let text = std::fs::read_to_string(&file).unwrap();
         let Ok(mut def) = NetworkDef::parse(&text) else { continue };
@@ -534,10 +539,29 @@ async fn all_modes_and_both_families_are_made_and_taken_away() {
         }
         networks.start(&def, 7).await.unwrap_or_else(|why| panic!("{}: {why}", file.display()));
         made += 1;
+        if let Some(limits) = &def.bandwidth {
+            let held = [true, false].map(|to_guests| limit_of(def.bridge_name().unwrap(), to_guests).unwrap());
+            let [said, held] =
+                [Rate::both(Some(limits)), held].map(|rates| rates.map(|rate| rate.map(|rate| rate.average)));
+            assert_eq!((held, said), (said, [Some(1000), None]), "{}", file.display());
+            limited += 1;
+        }
         networks.stop(def.uuid).await.unwrap();
         assert_eq!(there(), (false, false, false), "{}", file.display());
     }
-    assert!(made > 15, "{made}");
+    assert!(made > 15 && limited == 1, "{made}, {limited}");
+    let outbound = "<network><name>out</name><bandwidth><outbound average='128'/></bandwidth><ip address='10.9.0.1' prefix='24'/></network>";
+    let def = complete(outbound, &networks).await;
+    match networks.start(&def, 7).await {
+        Ok(()) => {
+            let held = limit_of(def.bridge_name().unwrap(), false).unwrap();
+            assert_eq!(held.map(|held| held.average), Some(128));
+            networks.stop(def.uuid).await.unwrap();
+        }
+        // A kernel that cannot do it is told of, and nothing is left.
+        Err(why) => assert!(why.to_string().contains("police rate 128kbps"), "{why}"),
+    }
+    assert_eq!(there(), (false, false, false));
 }
 
 /// Where that program is.

@@ -13,8 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
 
-/// Where the kernel shows the host's devices.
-pub const SYSFS: &str = "/sys";
+pub use crate::host::SYSFS;
 
 /// A change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

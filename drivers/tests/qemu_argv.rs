@@ -433,6 +433,15 @@ const REFUSED: &[(&str, &[(&str, &str)])] = &[
                 "<interface type='network'><source network='n'/><filterref filter='clean-traffic'/></interface>",
                 "the filter 'clean-traffic' needs <parameter name='IP' value='…'/>",
             ),
+            (
+                "<interface type='network'><source network='n'/><filterref filter='no-ipv6-spoofing'/></interface>",
+                "the filter 'no-ipv6-spoofing' needs <parameter name='IPV6' value='…'/>",
+            ),
+            (
+                "<interface type='network'><source network='n'/><filterref filter='allow-dhcp-server'>\
+                 <parameter name='DHCPSERVER' value='fd00::1'/></filterref></interface>",
+                "the filter 'allow-dhcp-server' is of the other family than fd00::1",
+            ),
             ("<input type='mouse' bus='usb' model='virtio'/>", "only inputs on bus='virtio'"),
             ("<input type='mouse' bus='virtio' model='virtio-transitional'/>", "model='virtio' only"),
             (
@@ -577,6 +586,21 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
             assert!(found.contains(expected), "{inner}: {found}");
         }
     }
+}
+
+#[test]
+fn a_card_of_the_hosts_that_its_network_gives_may_have_a_model() {
+    let caps = caps();
+    let said = |source: &str| {
+        let card = format!(
+            "<interface type='hostdev' managed='yes'><source{source}><address bus='6'/></source><model type='virtio'/></interface>"
+        );
+        let mut def = machine("q35", &card);
+        complete(&mut def, &caps).unwrap();
+        message(&check(&def, &caps))
+    };
+    assert_eq!(said(" network='cards'"), "");
+    assert!(said("").contains("a card of the host's has no <model>"), "{}", said(""));
 }
 
 #[test]

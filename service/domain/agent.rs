@@ -19,7 +19,6 @@ use crate::verb::{self, Verb};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
-use virt_model::device::interface::InterfaceKind;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::agent::{CardAddresses, GuestAgent, GuestFacts, InfoGroup, Program, Sleep};
@@ -309,12 +308,9 @@ impl Domain {
     /// What the networks that it is in have leased to its cards.
     fn leased(&self, live: &DomainDef) -> Vec<CardAddresses> {
         let mut cards = Vec::new();
-        for card in live.devices.interfaces.iter().filter(|card| card.kind == InterfaceKind::Network) {
-            let (Some(mac), Some(named)) = (card.mac(), card.source.as_ref().and_then(|source| source.network.clone()))
-            else {
-                continue;
-            };
-            let leases = self.shared.plugs.leases(&named);
+        for card in &live.devices.interfaces {
+            let (Some(mac), Some(named)) = (card.mac(), card.network()) else { continue };
+            let leases = self.shared.plugs.leases(named);
             let own = leases.iter().filter(|lease| lease.mac == Some(mac));
             let addresses: Vec<_> = own.map(|lease| (lease.address.to_string(), u32::from(lease.prefix))).collect();
             if !addresses.is_empty() {

@@ -116,7 +116,7 @@ impl Domain {
             None => {}
         }
         if let Some(card) = def.devices.interfaces.last_mut().filter(|_| device.name == "interface") {
-            self.shared.plugs.plug_card(&name, card)?;
+            self.shared.plugs.plug_card(self.uuid, &name, card)?;
         }
         let guest = self.guest()?;
         let placed = self.driver.place_device(guest.instance.as_ref(), before, &mut def).await;

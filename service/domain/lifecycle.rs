@@ -118,6 +118,7 @@ impl Domain {
     /// and what runs says so itself. To be said before it is looked at whether that is there.
     pub(super) fn awaits(self: &Arc<Self>, def: &DomainDef) -> Coming {
         self.set_coming(needs_of(def), images::images_of(def).collect());
+        self.shared.plugs.forward_devices.comes(self.uuid, def);
         Coming(self.clone())
     }
 
@@ -380,6 +381,7 @@ pub(super) struct Coming(Arc<Domain>);
 impl Drop for Coming {
     fn drop(&mut self) {
         self.0.set_coming(Box::default(), Box::default());
+        self.0.shared.plugs.forward_devices.has_come(self.0.uuid);
     }
 }
 

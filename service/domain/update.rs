@@ -154,6 +154,10 @@ impl DeviceChange {
         let none = || Error::NoSuchDevice(format!("domain '{}' has no such <interface>, or several", def.name));
         let spot = def.device_like(rest).map_err(|_| none())?;
         let card = def.devices.interfaces.get(spot.nth).ok_or_else(none)?;
+        if card.forward_device().is_some() && rest.attr("type") == Some("network") {
+            // What is stored says so of a card that is in its network by a device of the host's.
+            rest.take_attr("type");
+        }
         let address = card.mac().map(|mac| mac.to_string());
         let known = address.or(card.info.alias().map(str::to_owned)).ok_or_else(none)?;
         Ok(DeviceChange::Card { known, up, limits, bridge })

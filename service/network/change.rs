@@ -110,8 +110,9 @@ impl Network {
                 }
                 return Err(self.failed("update", error));
             }
+            let devices = self.driver().forward_devices(self.uuid).await;
             self.commit(vec![("defined", "updated")], |state| {
-                (state.stored, state.live) = (new_stored, new_live);
+                (state.stored, state.live, state.devices) = (new_stored, new_live, devices.into());
             });
             Ok(())
         })

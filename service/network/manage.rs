@@ -242,6 +242,7 @@ fn new(shared: &Arc<Shared>, networks: &Arc<Networks>, def: &NetworkDef, owner: 
     let state = State {
         stored: None,
         live: None,
+        devices: Arc::default(),
         broken: None,
         autostart: false,
         leases: Arc::default(),
@@ -329,10 +330,11 @@ async fn is_there(shared: &Arc<Shared>, networks: &Arc<Networks>, def: NetworkDe
     };
     let looked = shared.host.networks.problems(&def).await;
     let leases = shared.host.networks.leases(&def).await.unwrap_or_default();
+    let devices = shared.host.networks.forward_devices(def.uuid).await;
     {
         let mut state = lock(&network.state);
         state.has_looked(&network.name, looked);
-        (state.live, state.leases) = (Some(Arc::new(def)), leases.into());
+        (state.live, state.devices, state.leases) = (Some(Arc::new(def)), devices.into(), leases.into());
     }
     network.follow();
 }

@@ -33,6 +33,7 @@ use std::sync::{Arc, Mutex};
 use uuid::Uuid;
 use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, PartlySeen, Problem};
 use virt_model::network::NetworkDef;
+use virt_model::network::forward::ForwardDevice;
 
 /// All networks of this host.
 pub(crate) type Networks = Registry<Network>;
@@ -56,6 +57,8 @@ struct State {
     stored: Option<Arc<NetworkDef>>,
     /// What there is on the host.
     live: Option<Arc<NetworkDef>>,
+    /// The devices of the host's that it gives to guests' cards.
+    devices: Arc<[ForwardDevice]>,
     /// Why its document cannot be used.
     broken: Option<String>,
     autostart: bool,
@@ -186,6 +189,7 @@ impl State {
     /// It is on the host no longer.
     fn has_stopped(&mut self) {
         (self.live, self.problems, self.partly_seen, self.leases) = (None, Vec::new(), false, Arc::default());
+        self.devices = Arc::default();
     }
 }
 
@@ -217,10 +221,12 @@ impl Network {
         frames::beside(self, caller, &verb::NETWORK_XML, async {
             let shown = {
                 let state = lock(&self.state);
-                state.live.clone().filter(|_| !inactive).or_else(|| state.stored.clone())
+                let live = state.live.as_ref().filter(|_| !inactive);
+                live.map(|def| self.shared.plugs.shown(def).write())
+                    .or_else(|| state.stored.as_ref().map(|def| def.write()))
             };
             let none = || Error::OperationInvalid(format!("network '{}' is transient: nothing is stored", self.name));
-            shown.map(|def| def.write()).ok_or_else(none)
+            shown.ok_or_else(none)
         })
         .await
     }
@@ -282,7 +288,10 @@ impl Network {
         state.gone = state.stored.is_none() && state.live.is_none();
         match state.gone {
             true => self.shared.plugs.are_gone(&self.name),
-            false => self.shared.plugs.are(&self.name, state.live.as_ref().filter(|_| !state.going), &state.leases),
+            false => {
+                self.shared.plugs.forward_devices.are(&self.name, &state.devices);
+                self.shared.plugs.are(&self.name, state.live.as_ref().filter(|_| !state.going), &state.leases);
+            }
         }
         let facts = Arc::new(self.facts_of(&state));
         if state.facts.as_deref() == Some(&*facts) && events.is_empty() {
@@ -331,7 +340,7 @@ impl Network {
             bridge: def.bridge_name().unwrap_or_default().to_owned(),
             addresses: addresses.collect(),
             domain_name: def.domain.as_ref().map(|domain| domain.name.clone()).unwrap_or_default(),
-            forward_devices: def.forward_devices().into_iter().map(str::to_owned).collect(),
+            forward_devices: names_of_devices(def, &state.devices),
             mtu: def.mtu.as_ref().map_or(0, |mtu| mtu.size),
             hosts: hosts.collect(),
             leases: leases.collect(),
@@ -343,6 +352,20 @@ impl Network {
     fn look_at_users(&self) {
         self.commit(Vec::new(), |_| {});
     }
+}
+
+/// What packets leave by: of a network that gives its devices to guests' cards those that were found, else those that it names.
+fn names_of_devices(def: &NetworkDef, found: &[ForwardDevice]) -> Vec<String> {
+    let found = found.iter().filter_map(|device| device.link.clone().or_else(|| device.pci.clone()));
+    let mut names: Vec<String> = found.collect();
+    if names.is_empty() {
+        let forward = def.forward.iter();
+        let cards = forward.clone().flat_map(|forward| &forward.functions).map(|card| card.dev.clone());
+        let addresses =
+            forward.flat_map(|forward| &forward.addresses).filter_map(|address| Some(address.pci()?.to_string()));
+        names.extend(def.forward_devices().into_iter().map(str::to_owned).chain(addresses).chain(cards));
+    }
+    names
 }
 
 /// The machine whose card has that lease.

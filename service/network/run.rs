@@ -102,9 +102,10 @@ impl Network {
         crate::fail_point::reached();
         let looked = self.driver().problems(&def).await;
         let leases = self.driver().leases(&def).await.unwrap_or_default();
+        let devices = self.driver().forward_devices(self.uuid).await;
         self.commit(vec![("started", "booted")], |state| {
             state.has_looked(&self.name, looked);
-            (state.live, state.leases) = (Some(def), leases.into());
+            (state.live, state.devices, state.leases) = (Some(def), devices.into(), leases.into());
         });
         // Guests that were in it before are in it again.
         let def = self.live()?;
@@ -197,9 +198,7 @@ impl Network {
         if let Err(error) = self.driver().stop(self.uuid).await {
             tracing::warn!(network = self.name, %error, "what is left of it stays");
         }
-        self.commit(vec![("stopped", "failed")], |state| {
-            (state.live, state.problems, state.leases) = (None, Vec::new(), Arc::default());
-        });
+        self.commit(vec![("stopped", "failed")], State::has_stopped);
     }
 
     async fn heard(&self, report: NetworkReport) {

@@ -163,9 +163,8 @@ async fn device_of(body: &Body, card: &Interface) -> Result<String, DriverError>
 }
 
 fn rate_of(card: &Interface, to_guest: bool) -> Option<Rate> {
-    let limits = card.bandwidth.as_ref()?;
-    let rate = if to_guest { limits.inbound.as_ref()? } else { limits.outbound.as_ref()? };
-    Some(Rate { average: rate.average?, peak: rate.peak, burst: rate.burst })
+    let [inbound, outbound] = Rate::both(card.bandwidth.as_ref());
+    if to_guest { inbound } else { outbound }
 }
 
 #[cfg(test)]

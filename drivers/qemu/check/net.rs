@@ -4,14 +4,11 @@ use super::Check;
 use crate::qemu::command::{by_passt, card_type};
 use std::net::IpAddr;
 use virt_model::device::Interface;
-use virt_model::device::interface::{Family, InterfaceDriver, InterfaceKind, NetDriver, SourceMode, Vlan};
+use virt_model::device::interface::{Family, InterfaceDriver, InterfaceKind, NetDriver, SourceMode, VLANS, Vlan};
 
 /// Queues of one card, and of all cards together: each needs two descriptors of those that QEMU is given.
 const MOST_QUEUES: u32 = 16;
 const ALL_QUEUES: u32 = 38;
-
-/// Numbers that VLANs have.
-const VLANS: std::ops::RangeInclusive<u16> = 1..=4094;
 
 impl Check<'_> {
     pub(super) fn interfaces(&mut self) {
@@ -166,7 +163,8 @@ impl Check<'_> {
             }
         }
         let emulated = [
-            (interface.model.is_some(), "model"),
+            // One that a network gives stands for the card that it is in a network of another mode.
+            (interface.model.is_some() && interface.network().is_none(), "model"),
             (interface.mtu.is_some(), "mtu"),
             (interface.bandwidth.is_some(), "bandwidth"),
             (interface.link.is_some(), "link"),
@@ -325,6 +323,10 @@ impl Check<'_> {
         if let Some(filter) = &interface.filter {
             let how = "filters are for type='network', and for 'bridge' on the system bus";
             self.refuse_if(!(fits && interface.is_in_bridge()), &filter.at, how);
+            if let Some(odd) = filter.odd_server() {
+                let why = format!("the filter '{}' is of the other family than {}", filter.name, odd.value);
+                self.refuse(&odd.at.attribute("value"), why);
+            }
             if let Some(missing) = filter.missing() {
                 let why = format!(
                     "the filter '{}' needs <parameter name='{missing}' value='…'/>: what a guest has is not learnt",

@@ -182,11 +182,6 @@ pub fn by_passt(interface: &Interface) -> bool {
 /// The network device that is a card's end on the host.
 pub fn tap_plan(interface: &Interface, queues: usize) -> TapPlan {
     let target = interface.target.as_ref();
-    let rate = |rate: Option<&virt_model::device::interface::Rate>| {
-        let rate = rate?;
-        Some(Rate { average: rate.average?, peak: rate.peak, burst: rate.burst })
-    };
-    let limits = interface.bandwidth.as_ref();
     TapPlan {
         name: target.and_then(|target| target.dev.clone()),
         bridge: interface.bridge().map(str::to_owned),
@@ -199,7 +194,7 @@ pub fn tap_plan(interface: &Interface, queues: usize) -> TapPlan {
         vlans: interface.vlan.as_ref().map(VlanPlan::all_of).unwrap_or_default(),
         filter: interface.filter.as_ref().map(|filter| FilterPlan::of(filter, interface.mac().unwrap_or_default())),
         coalesce: interface.coalesce.as_ref().and_then(|coalesce| coalesce.rx.as_ref()?.frames.as_ref()?.max),
-        rates: [rate(limits.and_then(|l| l.inbound.as_ref())), rate(limits.and_then(|l| l.outbound.as_ref()))],
+        rates: Rate::both(interface.bandwidth.as_ref()),
     }
 }
 

@@ -2,7 +2,8 @@
 
 use crate::domain::part::element;
 use crate::domain::value::{Mac, Value as _, choices};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
 
 choices! {
     /// A filter that libvirt ships.
@@ -14,13 +15,18 @@ choices! {
         NoOtherL2Traffic = "no-other-l2-traffic", NoOtherRarpTraffic = "no-other-rarp-traffic",
         AllowArp = "allow-arp", AllowIpv4 = "allow-ipv4", AllowIncomingIpv4 = "allow-incoming-ipv4",
         AllowDhcp = "allow-dhcp", AllowDhcpServer = "allow-dhcp-server",
+        NoIpv6Spoofing = "no-ipv6-spoofing", NoIpv6Multicast = "no-ipv6-multicast", AllowIpv6 = "allow-ipv6",
+        AllowIncomingIpv6 = "allow-incoming-ipv6", AllowDhcpv6 = "allow-dhcpv6",
+        AllowDhcpv6Server = "allow-dhcpv6-server",
         QemuAnnounceSelf = "qemu-announce-self", QemuAnnounceSelfRarp = "qemu-announce-self-rarp",
     }
 }
 
 choices! {
     /// What a filter may be told.
-    pub enum FilterVariable { Ip = "IP", Mac = "MAC", DhcpServer = "DHCPSERVER", GatewayMac = "GATEWAY_MAC", }
+    pub enum FilterVariable {
+        Ip = "IP", Ipv6 = "IPV6", Mac = "MAC", DhcpServer = "DHCPSERVER", GatewayMac = "GATEWAY_MAC",
+    }
 }
 
 impl FilterName {
@@ -32,7 +38,8 @@ impl FilterName {
             | FilterName::NoIpSpoofing
             | FilterName::NoArpSpoofing
             | FilterName::NoArpIpSpoofing => &[FilterVariable::Ip],
-            FilterName::AllowDhcpServer => &[FilterVariable::DhcpServer],
+            FilterName::NoIpv6Spoofing => &[FilterVariable::Ipv6],
+            FilterName::AllowDhcpServer | FilterName::AllowDhcpv6Server => &[FilterVariable::DhcpServer],
             _ => &[],
         }
     }
@@ -69,8 +76,18 @@ impl FilterRef {
         self.parameters.iter().filter(move |one| one.name == variable).map(|one| one.value.as_str())
     }
 
-    /// The IPv4 addresses that it is told so.
-    pub fn addresses(&self, variable: FilterVariable) -> Vec<Ipv4Addr> {
+    /// A server of the other family than the filter's.
+    pub fn odd_server(&self) -> Option<&FilterParameter> {
+        let is_odd = match self.name {
+            FilterName::AllowDhcpServer => is_ipv6_address,
+            FilterName::AllowDhcpv6Server => is_address,
+            _ => return None,
+        };
+        self.parameters.iter().find(|one| one.name == FilterVariable::DhcpServer && is_odd(&one.value))
+    }
+
+    /// The addresses of a family that it is told so.
+    pub fn addresses<A: FromStr>(&self, variable: FilterVariable) -> Vec<A> {
         self.values(variable).filter_map(|value| value.parse().ok()).collect()
     }
 
@@ -83,6 +100,16 @@ impl FilterRef {
 /// Whether that is an IPv4 address, as parameters say it.
 pub fn is_address(text: &str) -> bool {
     text.parse::<Ipv4Addr>().is_ok()
+}
+
+/// The same of IPv6.
+pub fn is_ipv6_address(text: &str) -> bool {
+    text.parse::<Ipv6Addr>().is_ok()
+}
+
+/// Whether that is an address of either.
+pub fn is_address_of_any_family(text: &str) -> bool {
+    is_address(text) || is_ipv6_address(text)
 }
 
 /// Whether that is a hardware address.

@@ -146,6 +146,11 @@ impl HostAddress {
         HostAddress { kind: HostAddressKind::Usb { bus, device }, ..HostAddress::default() }
     }
 
+    /// A PCI device's.
+    pub fn of_pci(address: PciAddress) -> HostAddress {
+        HostAddress { word: Some("pci".to_owned()), kind: HostAddressKind::Pci(address), ..HostAddress::default() }
+    }
+
     /// The function of a PCI device, if it is one.
     pub fn pci(&self) -> Option<PciAddress> {
         if let HostAddressKind::Pci(pci) = self.kind { Some(pci) } else { None }

@@ -6,6 +6,8 @@ use super::hostdev::HostAddress;
 use super::{DeviceInfo, PciAddress, VirtioDriver};
 use crate::domain::part::element;
 use crate::domain::value::{Mac, choices};
+use crate::network::NetworkDef;
+use crate::network::forward::ForwardDevice;
 
 choices! {
     /// What the cable is plugged into.
@@ -94,6 +96,50 @@ impl Interface {
     /// Whether it sees no other port of its bridge that is isolated, too.
     pub fn is_isolated(&self) -> bool {
         self.port.as_ref().is_some_and(|port| port.isolated == Some(true))
+    }
+
+    /// The network that it is in. While it runs there, it may be of the type of what its network has given it.
+    pub fn network(&self) -> Option<&str> {
+        let of_one = matches!(self.kind, InterfaceKind::Network | InterfaceKind::Direct | InterfaceKind::Hostdev);
+        self.source.as_ref().filter(|_| of_one)?.network.as_deref()
+    }
+
+    /// Goes out by a device of the host's that its network gives it, or is that device.
+    pub fn take_forward_device(&mut self, network: &NetworkDef, device: &ForwardDevice) {
+        self.leave_forward_device();
+        let source = self.source.get_or_insert_default();
+        if let Some(place) = device.address() {
+            source.place = Some(place);
+            self.kind = InterfaceKind::Hostdev;
+            self.managed = Some(network.forward.as_ref().and_then(|forward| forward.managed) == Some(true));
+        } else {
+            source.dev.clone_from(&device.link);
+            source.mode = Some(network.source_mode());
+            self.kind = InterfaceKind::Direct;
+        }
+    }
+
+    /// The device of the host's that its network has given it.
+    pub fn forward_device(&self) -> Option<ForwardDevice> {
+        let source = self.source.as_ref().filter(|_| self.network().is_some())?;
+        match self.kind {
+            InterfaceKind::Direct => source.dev.as_deref().map(ForwardDevice::link),
+            InterfaceKind::Hostdev => self.host_card().map(ForwardDevice::pci),
+            _ => None,
+        }
+    }
+
+    /// Says nothing of what its network has given it: another start gives it again.
+    pub fn leave_forward_device(&mut self) {
+        if self.network().is_none() {
+            return;
+        }
+        let source = self.source.get_or_insert_default();
+        source.bridge = None;
+        if self.kind != InterfaceKind::Network {
+            (source.dev, source.mode, source.place, self.managed) = (None, None, None, None);
+            self.kind = InterfaceKind::Network;
+        }
     }
 
     /// The bridge of `type='bridge'`.
@@ -389,6 +435,9 @@ choices! {
     /// What becomes of packets without a tag on a port that carries tags.
     pub enum NativeMode { Tagged = "tagged", Untagged = "untagged", }
 }
+
+/// Numbers that VLANs have.
+pub const VLANS: std::ops::RangeInclusive<u16> = 1..=4094;
 
 element! {
     /// `<vlan>`: which of a bridge's VLANs the card is in, or that of a card of the host's.

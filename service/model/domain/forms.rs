@@ -5,7 +5,7 @@ use crate::device::chardev::CharKind;
 use crate::device::controller::{Controller, ControllerKind, ControllerModel};
 use crate::device::disk::{BackingStore, Disk};
 use crate::device::display::{Graphics, GraphicsKind, ListenKind};
-use crate::device::interface::{Interface, InterfaceKind};
+use crate::device::interface::Interface;
 use crate::xml::Element;
 
 impl DomainDef {
@@ -82,10 +82,8 @@ fn forget_interface(interface: &mut Interface) {
     interface.target = interface.target.take().filter(|target| !empty(target));
     if let Some(source) = &mut interface.source {
         source.portid = None;
-        if interface.kind == InterfaceKind::Network {
-            source.bridge = None;
-        }
     }
+    interface.leave_forward_device();
 }
 
 /// Names given to the host's devices at start.

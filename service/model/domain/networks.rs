@@ -2,16 +2,14 @@
 
 use super::DomainDef;
 use crate::device::display::ListenKind;
-use crate::device::interface::InterfaceKind;
 
 impl DomainDef {
     /// The networks that its cards are in, and those on whose addresses its displays listen, each with where that is said: the address
     /// of the card, or the kind of the display.
     pub fn named_networks(&self) -> impl Iterator<Item = (&str, String)> {
-        let cards = self.devices.interfaces.iter().filter(|card| card.kind == InterfaceKind::Network);
-        let cards = cards.filter_map(|card| {
+        let cards = self.devices.interfaces.iter().filter_map(|card| {
             let place = card.mac().map(|mac| mac.to_string()).unwrap_or_default();
-            Some((card.source.as_ref()?.network.as_deref()?, place))
+            Some((card.network()?, place))
         });
         let displays = self.devices.graphics.iter().flat_map(move |display| {
             let networks = display.listens.iter().filter(|listen| listen.kind == ListenKind::Network);

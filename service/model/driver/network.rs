@@ -7,6 +7,7 @@ use crate::device::interface::Vlan;
 use crate::domain::value::Mac;
 use crate::network::NetworkDef;
 use crate::network::address::Net;
+use crate::network::forward::ForwardDevice;
 use crate::xml::Finding;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -41,6 +42,10 @@ pub trait NetworkDriver: Send + Sync {
 
     /// Makes of a network that is there what `def` says, without a packet lost to who is in it.
     async fn change(&self, def: &NetworkDef) -> Result<(), NetworkError>;
+
+    /// The devices of the host's of which a network that is there gives one to each guest's card, as they were when it was started,
+    /// or last changed; none, of one with a bridge.
+    async fn forward_devices(&self, uuid: Uuid) -> Vec<ForwardDevice>;
 
     /// Plugs cards of guests that are in no bridge, or were cut off on their way into its own, into a network that is there; nothing passes before each is held to what it
     /// was held to. What has gone meanwhile is left out, and what cannot be plugged is logged.

@@ -108,14 +108,30 @@ fn check_forward(forward: &Forward, def: &NetworkDef, log: &mut Log) {
         Mode::Open | Mode::Isolated | Mode::Bridge => {
             never_if(devices > 0, at, "this mode has no device that packets leave by: leave it out", log);
         }
-        Mode::Macvtap => never_if(devices == 0, at, "this mode needs <interface dev='…'/>, or a <bridge>", log),
+        Mode::Macvtap => {
+            let none = devices == 0 && forward.functions.is_empty();
+            never_if(none, at, "this mode needs <interface dev='…'/>, or a <bridge>", log);
+        }
         Mode::Hostdev => {
-            let has_pf = forward.rest.child("pf").is_some();
-            let none = forward.addresses.is_empty() && devices == 0 && !has_pf;
+            let none = forward.addresses.is_empty() && devices == 0 && forward.functions.is_empty();
             never_if(none, at, "this mode needs cards: <address>, <interface> or <pf>", log);
         }
     }
+    let mut seen = HashSet::new();
+    for card in &forward.functions {
+        device(&card.dev, &card.at.attribute("dev"), log);
+        once(&mut seen, &card.dev, &card.at, || format!("the card '{}'", shorten(&card.dev)), log);
+        never_if(!mode.has_no_bridge(), &card.at, "<pf> is for modes that give guests devices of the host's", log);
+    }
+    if let Some(address) = forward.addresses.iter().find(|address| address.pci().is_none()) {
+        complain(
+            log,
+            &address.at,
+            "cards are PCI devices: <address type='pci' domain='…' bus='…' slot='…' function='…'/>",
+        );
+    }
     if mode != Mode::Hostdev {
+        forward.driver.iter().for_each(|driver| complain(log, &driver.at, "<driver> is for mode='hostdev'"));
         never_if(forward.managed.is_some(), &at.attribute("managed"), "'managed' is for mode='hostdev'", log);
         if let Some(address) = forward.addresses.first() {
             complain(log, &address.at, "<address> is for mode='hostdev'; mode='nat' has it in <nat>");
@@ -153,7 +169,7 @@ fn check_bridge(def: &NetworkDef, log: &mut Log) {
         never_if(late, &bridge.at.attribute("delay"), "a bridge listens for at most 30 seconds", log);
         let zone = bridge.zone.as_ref().is_some_and(|zone| !is_host_name(zone));
         never_if(zone, &bridge.at.attribute("zone"), "this is no name of a zone", log);
-        never_if(matches!(mode, Mode::Macvtap | Mode::Hostdev), &bridge.at, "this mode has no bridge", log);
+        never_if(mode.has_no_bridge(), &bridge.at, "this mode has no bridge", log);
         let others = mode == Mode::Bridge && (bridge.stp.is_some() || bridge.delay.is_some() || bridge.zone.is_some());
         never_if(others, &bridge.at, "the bridge is somebody else's: leave out stp, delay and zone", log);
     }

@@ -99,7 +99,6 @@ fn n1_every_name_of_the_format_is_in_a_document() {
         "/network/@trustGuestRxFilters",
         "/network/forward/driver/@model",
         "/network/forward/interface/@connections",
-        "/network/bandwidth/@classID",
     ];
     for (path, attributes) in vocabulary() {
         let path = if path.is_empty() { "/network".to_owned() } else { format!("/network/{path}") };
@@ -163,14 +162,9 @@ fn n3_what_does_not_act_is_refused_by_a_start_where_it_stands() {
         let def = NetworkDef::parse(&text).unwrap();
         let found: Vec<String> = check(&def).iter().map(|finding| finding.path.clone()).collect();
         let expected: &[&str] = match &*name {
-            "macvtap-bridge" | "macvtap-private" | "macvtap-passthrough" => &["/forward/@mode"],
-            "macvtap-vepa" => &["/forward/@mode", "/virtualport"],
-            "hostdev-function" => &["/forward/@managed", "/forward/@mode", "/forward/driver", "/forward/pf"],
-            "hostdev-addresses" => {
-                &["/forward/@managed", "/forward/@mode", "/forward/address[1]", "/forward/address[2]"]
-            }
-            "openvswitch" => &["/portgroup/virtualport", "/virtualport", "/vlan"],
-            "bandwidth" => &["/bandwidth"],
+            "macvtap-vepa" => &["/virtualport"],
+            "openvswitch" => &["/portgroup/virtualport", "/virtualport"],
+            "bandwidth" => &["/bandwidth/inbound/@floor"],
             "portgroups" => &["/portgroup[2]/@trustGuestRxFilters"],
             "mtu-and-zone" => &["/bridge/@macTableManager"],
             "for-people" => &["/dnsmasq:options", "/domain/@register"],
@@ -180,6 +174,46 @@ fn n3_what_does_not_act_is_refused_by_a_start_where_it_stands() {
         found.sort();
         assert_eq!(found, expected, "{name}");
     }
+}
+
+#[test]
+fn n3_all_guests_together_are_limited_and_in_a_vlan_where_that_can_be() {
+    let found = |forward: &str, more: &str| {
+        let text = format!("<network><name>n</name>\n{forward}\n{more}</network>");
+        let found = check(&NetworkDef::parse(&text).unwrap());
+        found.iter().map(|one| format!("{}:{} {}", one.line, one.column, one.path)).collect::<Vec<_>>()
+    };
+    let (limits, vlan) = ("<bandwidth><inbound average='9'/></bandwidth>", "<vlan><tag id='7'/></vlan>");
+    let (nat, bridge) = ("<forward mode='nat'/>", "<forward mode='bridge'/><bridge name='br0'/>");
+    let (cards, direct) = (
+        "<forward mode='hostdev'><pf dev='eth0'/></forward>",
+        "<forward mode='vepa'><interface dev='eth0'/></forward>",
+    );
+    for (forward, refuses_limits, refuses_vlan) in
+        [(nat, false, true), (bridge, true, false), (cards, true, false), (direct, true, true), ("", false, true)]
+    {
+        let refused = |path: &str, is: bool| if is { vec![format!("3:1 {path}")] } else { Vec::new() };
+        assert_eq!(found(forward, limits), refused("/bandwidth", refuses_limits), "{forward}");
+        assert_eq!(found(forward, vlan), refused("/vlan", refuses_vlan), "{forward}");
+    }
+    assert_eq!(found(nat, "<bandwidth><inbound average='0'/></bandwidth>"), ["3:12 /bandwidth/inbound"]);
+    assert_eq!(found(bridge, "<vlan><tag id='0'/></vlan>"), ["3:7 /vlan/tag/@id"]);
+    assert_eq!(found(cards, "<vlan><tag id='7'/><tag id='8'/></vlan>"), ["3:1 /vlan"]);
+}
+
+#[test]
+fn n3_without_a_bridge_nothing_is_said_of_ports() {
+    let found = |forward: &str, more: &str| {
+        let text = format!("<network><name>n</name>\n{forward}\n{more}</network>");
+        let found = check(&NetworkDef::parse(&text).unwrap());
+        found.iter().map(|one| format!("{}:{} {}", one.line, one.column, one.path)).collect::<Vec<_>>()
+    };
+    let more = "<port isolated='yes'/>\n<portgroup name='a'><vlan><tag id='7'/></vlan><bandwidth><inbound average='9'/></bandwidth></portgroup>";
+    let direct = "<forward mode='private'><interface dev='eth0'/></forward>";
+    assert_eq!(found(direct, more), ["3:1 /port/@isolated", "4:21 /portgroup/vlan"]);
+    let cards = "<forward mode='hostdev'><driver name='kvm'/><pf dev='eth0'/></forward>";
+    assert_eq!(found(cards, more), ["2:25 /forward/driver/@name", "3:1 /port/@isolated", "4:47 /portgroup/bandwidth"]);
+    assert_eq!(found(direct, "<portgroup name='a'><bandwidth><inbound average='9'/></bandwidth></portgroup>"), [""; 0]);
 }
 
 /// `docs/NETWORK-XML.md`: what becomes of every element and attribute of the format, written from the lists that decide it.
@@ -231,9 +265,20 @@ each: it *acts*; or it is *kept*, and asks for nothing at start; or it is *refus
 `DefineNetwork`, with line and column; so is what contradicts itself on any host (`tests/data/network/refused.txt` shows what is
 said of each kind).
 
-Of the modes, `nat`, `route`, `open`, none (isolated) and `bridge` with a `<bridge name=>` act; `private`, `vepa`, `passthrough`,
-`bridge` without one, and `hostdev` are refused by `Start`. A network of mode `nat` without `<ip>` gets one at its first start:
-the first free /24 from 192.168.122.0, which is stored.
+All modes act. A network of mode `nat` without `<ip>` gets one at its first start: the first free /24 from 192.168.122.0, which is
+stored.
+
+A network of mode `private`, `vepa`, `passthrough`, or `bridge` without a `<bridge name=>`, gives each card in it a device on one of the
+host's (macvtap), and one of mode `hostdev` one of the host's cards itself: a virtual function of a network card, whose address
+and VLAN the host sets. Which there are to choose from is said by `dev=` or `<interface dev=>`, for `hostdev` by `<address>` as well, and by
+`<pf dev=>`, which stands for all virtual functions that this card has; it is looked up by `Start` and by `Update`, and
+refused where one is not there, is in a bridge, or cannot be handed over; so is macvtap where the host's kernel has none.
+Devices of `passthrough` and `hostdev` are one card's alone; others are shared, and the one that fewest cards have is chosen. What is
+chosen is in the live document of the machine, whose card is of type `direct` or `hostdev` there and names its network still;
+its stored one stays of type `network`. It is free again when the machine ends or the card is detached. A start that finds none free is refused
+(`InUse`) and names who has each. Devices count that machines name themselves, too. What of a card the host cannot do with such a device, as
+filters, or limits of a card of the host's, is refused by `Start` of the machine; a `<model>` is not, and is what the card is in a network of
+another mode. `connections` of the live document counts all cards, and those on each `<interface>`; what was found for a `<pf>` is there as well.
 
 On a session bus, without root, `nat` and none (isolated) act: bridge, rules and dnsmasq are in a user namespace and a network namespace
 of the user's own, one of each for all of their networks, which the host does not see. What leaves a `nat` network goes out by pasta
@@ -255,7 +300,12 @@ configuration anew, or answers after a silence; virtd does not wait for that to 
 moved it to, or in none, where there is no such zone, or firewalld does not answer, `zone-lost` says what to do. virtd never starts firewalld; where it is not
 there, a zone asks for nothing. Just installed, virtd's zone is known to a firewalld that runs after `firewall-cmd --reload`.
 
-What a network says of isolated ports, and its port group of VLANs, holds for every machine in it, whatever the machine's own
+`<bandwidth>` of a network limits all its guests together, at the bridge that virtd makes: what passes between them and the host, or by the
+host to others, but not what they send each other; that of a port group or card limits that card alone. Networks whose bridge is
+another's, or that have none, are refused with it. `<vlan>` of a network is that of all cards whose port group has none: on a bridge of somebody else's
+that looks at VLAN tags, which is refused by `Start` where it does not, and of virtual functions (`hostdev`).
+
+What a network says of isolated ports and of VLANs, itself or in its port group, holds for every machine in it, whatever the machine's own
 document says. Of bandwidth and MTU the machine's own count more; an MTU is the bridge's and the host's end's, and virtio cards alone are
 told it.
 

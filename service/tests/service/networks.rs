@@ -8,12 +8,16 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::mpsc;
 use tracing::field::{Field, Visit};
 use uuid::Uuid;
+use virt_model::domain::Form;
 use virt_model::driver::network::{
     Lease, NetworkDriver, NetworkError, NetworkReport, PartlySeen, PluggedCard, Problem, ProblemToken,
 };
 use virt_model::network::NetworkDef;
 use virt_model::network::address::Net;
+use virt_model::network::forward::ForwardDevice;
 use virt_model::xml::Finding;
+use virt_service::Affect;
+use virt_service::error::Error;
 use virt_service::events::Event;
 use virt_service::facts::ObjectFacts;
 
@@ -26,6 +30,8 @@ struct Played {
     looks: Mutex<VecDeque<Looked>>,
     /// For who follows the network.
     reports: Mutex<Option<mpsc::Receiver<NetworkReport>>>,
+    /// The devices that networks give to guests' cards.
+    devices: Vec<ForwardDevice>,
 }
 
 #[async_trait]
@@ -58,6 +64,10 @@ impl NetworkDriver for Played {
 
     async fn change(&self, _: &NetworkDef) -> Result<(), NetworkError> {
         Ok(())
+    }
+
+    async fn forward_devices(&self, _: Uuid) -> Vec<ForwardDevice> {
+        self.devices.clone()
     }
 
     async fn plug(&self, _: &NetworkDef, _: Vec<PluggedCard>) {}
@@ -156,4 +166,63 @@ async fn a_problem_is_known_until_it_is_seen_to_be_none() {
         ]
     );
     assert_eq!(warnings.load(Ordering::Relaxed), 2, "once until it was seen again");
+}
+
+fn machine(name: &str) -> String {
+    format!(
+        "<domain type='test'><name>{name}</name><memory>65536</memory><os><type>hvm</type></os><devices>\
+         <interface type='network'><mac address='52:54:00:00:00:0{0}'/><source network='cards'/></interface></devices></domain>",
+        name.len()
+    )
+}
+
+/// Each guest has a device to itself from its start to its end; who comes when none is left is told who has them.
+#[tokio::test]
+async fn guests_are_given_devices_of_a_network_and_give_them_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_reports, from) = mpsc::channel(1);
+    let devices = vec![
+        ForwardDevice { link: Some("vf0".to_owned()), pci: Some("0000:05:10.0".to_owned()) },
+        ForwardDevice::pci("0000:05:10.2"),
+    ];
+    let played = Arc::new(Played { reports: Mutex::new(Some(from)), devices, ..Played::default() });
+    let world = World::with_networks(folder.path(), played).await;
+    let alice = world.alice();
+    let xml = "<network><name>cards</name><forward mode='hostdev' managed='yes'><interface dev='vf0'/><pf dev='eth0'/></forward></network>";
+    let network = world.service.define_network(&alice, xml).await.expect("defined");
+    network.start(&alice).await.expect("started");
+    let mut domains = Vec::new();
+    for name in ["a", "db", "web"] {
+        domains.push(world.service.define(&alice, &machine(name), false).await.expect("defined"));
+    }
+    world.start(&domains[0]).await.expect("has the first");
+    world.start(&domains[1]).await.expect("has the second");
+    let refused = world.start(&domains[2]).await.unwrap_err();
+    assert!(
+        matches!(&refused, Error::InUse(text) if text.contains("domain 'web' has a card in network 'cards'")
+        && text.contains("'vf0' (0000:05:10.0) is used by domain 'a' (52:54:00:00:00:01)")
+        && text.contains("0000:05:10.2 is used by domain 'db' (52:54:00:00:00:02)")),
+        "{refused}"
+    );
+    let live = domains[1].xml(&alice, Form::default()).await.unwrap();
+    let card =
+        "<source network='cards'>\n        <address type='pci' domain='0x0000' bus='0x05' slot='0x10' function='0x2'/>";
+    assert!(live.contains("<interface type='hostdev' managed='yes'>") && live.contains(card), "{live}");
+    let stored = domains[1].xml(&alice, Form { inactive: true, ..Form::default() }).await.unwrap();
+    assert!(stored.contains("<interface type='network'>") && !stored.contains("0x05"), "{stored}");
+    let same = "<interface type='network'><mac address='52:54:00:00:00:02'/><source network='cards'/></interface>";
+    domains[1].update_device(&alice, same, Affect::default()).await.expect("as it is stored");
+    let other = domains[1].update_device(&alice, &same.replace("'cards'", "'others'"), Affect::default()).await;
+    assert!(matches!(&other, Err(Error::OperationUnsupported(text)) if text.contains("network='others'")), "{other:?}");
+    let shown = network.xml(&alice, false).await.unwrap();
+    let lines = ["<network connections='2'>", "<interface dev='vf0' connections='1'/>", "slot='0x10' function='0x2'/>"];
+    assert!(lines.iter().all(|line| shown.contains(line)) && !shown.contains("function='0x0'"), "{shown}");
+    assert!(!network.xml(&alice, true).await.unwrap().contains("connections"));
+    domains[0].destroy(&alice, false).await.expect("ended");
+    world.start(&domains[2]).await.expect("has what was given back");
+    let live = domains[2].xml(&alice, Form::default()).await.unwrap();
+    assert!(live.contains("bus='0x05' slot='0x10' function='0x0'"), "{live}");
+    let held = network.destroy(&alice, false).await.unwrap_err();
+    assert!(matches!(&held, Error::InUse(text) if text.contains("'db'") && text.contains("'web'")), "{held}");
+    assert!(network.xml(&alice, false).await.unwrap().contains("connections='2'"));
 }

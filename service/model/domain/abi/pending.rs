@@ -7,7 +7,6 @@ use super::AbiDifference;
 use super::table::{RULES, Rule};
 use super::walk::{Match, known_by, matches};
 use crate::device::Interface;
-use crate::device::interface::InterfaceKind;
 use crate::domain::secrets::Numbers;
 use crate::domain::{DomainDef, Form};
 use crate::xml::Element;
@@ -41,10 +40,10 @@ impl DomainDef {
     /// start gives it again.
     fn with_what_others_gave(&self, stored: &DomainDef) -> DomainDef {
         let mut stored = stored.clone();
-        let in_one = |card: &&Interface| card.kind == InterfaceKind::Network && card.mac().is_some();
+        let in_one = |card: &&Interface| card.network().is_some() && card.mac().is_some();
         for card in self.devices.interfaces.iter().filter(in_one) {
             let mut same = stored.devices.interfaces.iter_mut().filter(|other| other.mac() == card.mac());
-            let Some(other) = same.next().filter(|other| other.kind == InterfaceKind::Network) else { continue };
+            let Some(other) = same.next().filter(|other| other.network().is_some()) else { continue };
             other.bandwidth = other.bandwidth.take().or_else(|| card.bandwidth.clone());
             other.vlan = other.vlan.take().or_else(|| card.vlan.clone());
             other.mtu = other.mtu.take().or_else(|| card.mtu.clone());

@@ -1,7 +1,7 @@
 //! What stands at one place can be no more and no less than this.
 
 use super::rows::{Row, any, holds, select};
-use crate::device::filter::{is_address, is_mac};
+use crate::device::filter::{is_address, is_address_of_any_family, is_ipv6_address, is_mac};
 use crate::domain::value::complain;
 use crate::xml::{Element, Finding, Place, shorten};
 
@@ -79,9 +79,16 @@ pub(super) const ROWS: &[Value] = &[
     ),
     value(
         "devices/interface/filterref/parameter",
+        &["@name=IPV6"],
+        "@value",
+        Form(is_ipv6_address, "an IPv6 address, such as fd00::7"),
+        "address of a filter",
+    ),
+    value(
+        "devices/interface/filterref/parameter",
         &["@name=DHCPSERVER"],
         "@value",
-        Form(is_address, "an IPv4 address, such as 192.168.122.1"),
+        Form(is_address_of_any_family, "an address, such as 192.168.122.1 or fd00::1"),
         "address of a filter",
     ),
     value(
