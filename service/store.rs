@@ -29,6 +29,7 @@ mod status;
 
 pub(crate) use autostart::Autostarting;
 pub(crate) use documents::{Documents, Folder, FoundDocument};
+pub(crate) use files::Unsynced;
 pub(crate) use snapshots::{Backup, BlockRecord, Current, Deed, Intent, Loaded, Record};
 pub(crate) use status::{Adjusting, Status, StatusFile, StoredChange};
 
@@ -36,7 +37,8 @@ use crate::error::{Error, Result};
 use crate::stored::StoredDef;
 use crate::time::now_usec;
 use files::{
-    change_all, json, read_bytes, read_json, remove, remove_unfinished, replace, replace_json, sync_folder, unlink,
+    change_all, json, read_bytes, read_json, remove, remove_unfinished, replace, replace_at_once, replace_json,
+    sync_folder, unlink,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

@@ -1,6 +1,7 @@
 //! The block nodes of a running guest, found by what they hold rather than by what they were once called.
 
 use super::instance::Body;
+use super::known::Holds;
 use super::monitor::Monitor;
 use crate::host::image::{Bitmaps, InnerSnapshot};
 use serde_json::{Value, json};
@@ -33,6 +34,27 @@ pub struct Node {
 /// How QEMU is asked for all of them.
 const ALL: (&str, fn() -> Value) = ("query-named-block-nodes", || json!({ "flat": true }));
 
+/// Which node reads which image, and nothing else: that is asked for once, until it may have changed.
+#[derive(Debug, Default)]
+pub struct Readers(Nodes);
+
+impl Readers {
+    /// Those of a running guest.
+    pub async fn of(body: &Body) -> Result<Arc<Readers>, DriverError> {
+        body.known((ALL.0, ALL.1()), Holds::UntilNodesChange, |told| Readers(Nodes::told(told))).await
+    }
+
+    /// The name of the node that reads an image in its format.
+    pub fn image(&self, path: &Path, format: &str) -> Option<&str> {
+        self.0.image(path, format).map(|node| &*node.name)
+    }
+
+    /// [`Nodes::of_images`].
+    pub fn of_images(&self, images: &[PathBuf]) -> Result<Vec<String>, DriverError> {
+        self.0.of_images(images)
+    }
+}
+
 /// All nodes.
 #[derive(Clone, Debug, Default)]
 pub struct Nodes(pub Vec<Node>);
@@ -51,7 +73,7 @@ impl Nodes {
     /// Those of a running guest as they were when something last changed: names, files and what the guest sees hold, what
     /// they take on the host's storage does not.
     pub async fn known(body: &Body) -> Result<Arc<Nodes>, DriverError> {
-        body.known(ALL.0, ALL.1(), Nodes::told).await
+        body.known((ALL.0, ALL.1()), Holds::UntilAnyChange, Nodes::told).await
     }
 
     fn told(told: &Value) -> Nodes {
@@ -156,6 +178,7 @@ pub fn unmistakable(name: &str, image: &Path, inner: &[InnerSnapshot]) -> Result
 }
 
 /// Deletes a snapshot inside the images of these nodes, from the last on.
+/// Those that do not hold it are passed over.
 pub async fn delete_snapshot(line: &Monitor, name: &str, mut nodes: Vec<String>) -> Result<(), DriverError> {
     while let Some(node) = nodes.last() {
         // One answer, where a job takes three. It is refused for what is not the top of its chain: jobs know that as well.

@@ -1,6 +1,7 @@
 //! QEMU's long work: jobs, migration to a file and dumps of memory, awaited by events, cancelled when nobody wants them any more.
 
 use super::instance::Body;
+use super::known::Holds;
 use super::qmp::Qmp;
 use super::report::Reporter;
 use crate::host::workers::{ClosedAside, PATIENCE};
@@ -54,14 +55,14 @@ impl Body {
         self.line()?.patiently(command, arguments).await
     }
 
-    /// What `read` finds in what QEMU says to a question, or has said while nothing has changed since.
+    /// What `read` finds in what QEMU says to a question, or has said and still holds.
     pub async fn known<T: Send + Sync + 'static>(
         &self,
-        question: &str,
-        arguments: Value,
+        question: (&str, Value),
+        holds: Holds,
         read: impl FnOnce(&Value) -> T,
     ) -> Result<Arc<T>, DriverError> {
-        Ok(self.monitor()?.known(question, arguments, DEAF, read).await?)
+        Ok(self.monitor()?.known(question, holds, DEAF, read).await?)
     }
 
     /// Gives a command that QEMU does at once. One that is deaf keeps nobody waiting for longer than any command.

@@ -12,7 +12,7 @@
 //! lines that are no JSON in all. Whoever goes beyond that is no QEMU, and the connection is given up, as at the end of the
 //! stream: every caller is told, and the listener hears why.
 
-use super::known::Known;
+use super::known::{ChangeOf, Holds, Known};
 use crate::host::workers::ClosedAside;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
@@ -157,36 +157,37 @@ impl Qmp {
             self.queue.send(Outgoing { line, fds }).await.map_err(|_| QmpError::Closed)?;
             answer.await.map_err(|_| QmpError::Closed)
         };
-        let changes = (!Known::is_question(command)).then(|| Change::begin(&self.known));
+        let changes = (!Known::is_question(command)).then(|| Change::begin(&self.known, command));
         let reply = timeout(within, exchange).await.map_err(|_| QmpError::TimedOut(command.to_owned()))??;
         drop(changes);
         result(command, reply)
     }
 
     /// What `read` finds in what QEMU says to a question, or has said while nothing changed that it was told or reports
-    /// ([`Known`]).
+    /// ([`Known`]) on which that depends.
     pub async fn known<T: Send + Sync + 'static>(
         &self,
-        question: &str,
-        arguments: Value,
+        (question, arguments): (&str, Value),
+        holds: Holds,
         within: Duration,
         read: impl FnOnce(&Value) -> T,
     ) -> Result<Arc<T>, QmpError> {
-        let name = format!("{question} {arguments}");
+        let name = format!("{question} {arguments} {holds:?}");
         if let Some(answer) = self.known.answer(&name) {
             return Ok(answer);
         }
-        let changes = self.known.changes();
+        let changes = self.known.changes(holds);
         let answer = self.execute_with(question, arguments, Vec::new(), within).await?;
         let read = Arc::new(read(&answer));
-        self.known.keep(name, changes, &answer, read.clone());
+        self.known.keep(name, (holds, changes), &answer, read.clone());
         Ok(read)
     }
 
     /// Gives a command whose answer nobody waits for: QEMU does it before all that is given afterwards.
     pub async fn tell(&self, command: &str, arguments: Value) {
-        let _changes = Change::begin(&self.known);
+        let _changes = Change::begin(&self.known, command);
         let id = self.next.fetch_add(1, Ordering::Relaxed);
+        self.known.unwaited(id, ChangeOf::by_command(command));
         let line = line(command, arguments, id);
         // Where the stream has ended, all who wait are told that.
         let _ = timeout(COMMAND_TIMEOUT, self.queue.send(Outgoing { line, fds: Vec::new() })).await;
@@ -194,18 +195,19 @@ impl Qmp {
 }
 
 /// A command that may change something: what was known before it is sent, or while it is done, does not hold any more.
-struct Change<'a>(&'a Known);
+struct Change<'a>(&'a Known, ChangeOf);
 
 impl<'a> Change<'a> {
-    fn begin(known: &'a Known) -> Self {
-        known.changed();
-        Change(known)
+    fn begin(known: &'a Known, command: &str) -> Self {
+        let what = ChangeOf::by_command(command);
+        known.changed(what);
+        Change(known, what)
     }
 }
 
 impl Drop for Change<'_> {
     fn drop(&mut self) {
-        self.0.changed();
+        self.0.changed(self.1);
     }
 }
 
@@ -302,16 +304,17 @@ async fn read_lines(mut lines: Lines, waiting: Arc<Waiting>, known: Arc<Known>, 
 fn take(mut message: Value, waiting: &Waiting, known: &Known, listener: &mut impl Listener) {
     if let Some(name) = message.get("event").and_then(Value::as_str).map(str::to_owned) {
         let data = message.get_mut("data").map(Value::take).unwrap_or_default();
-        known.changed();
+        known.changed(ChangeOf::by_event(&name, &data));
         tracing::trace!(%name, %data, "event");
         return listener.event(Event { name, data });
     }
-    match message.get("id").and_then(Value::as_u64).and_then(|id| waiting.leave(id)) {
+    let id = message.get("id").and_then(Value::as_u64);
+    match id.and_then(|id| waiting.leave(id)) {
         // The caller may have gone this very moment: then nobody wants to know.
         Some(reply) => drop(reply.send(message)),
         None => {
             // It may be that of a change which was given up.
-            known.changed();
+            known.replied(id);
             tracing::debug!("a reply from QEMU that nobody waits for");
         }
     }

@@ -4,6 +4,7 @@
 use super::block::{Node, Nodes};
 use super::command::known_format;
 use super::instance::Body;
+use super::known::Holds;
 use crate::host::chain;
 use crate::host::files::{Seen, What};
 use crate::host::perf::{self, Counters};
@@ -125,7 +126,7 @@ async fn threads(body: &Arc<Body>, ids: Vec<i32>) -> Result<BTreeMap<i32, Thread
 /// The threads of its vCPUs as QEMU calls them, by the numbers of these.
 async fn vcpu_threads(body: &Arc<Body>, def: &DomainDef) -> Result<Arc<BTreeMap<u32, i32>>, DriverError> {
     let read = |told: &Value| numbered(told, 0..def.maximum_vcpus(), |cpu| cpu["cpu-index"].as_u64()?.try_into().ok());
-    body.known("query-cpus-fast", json!({}), read).await
+    body.known(("query-cpus-fast", json!({})), Holds::UntilAnyChange, read).await
 }
 
 async fn vcpus(body: &Arc<Body>, def: &DomainDef) -> Result<Vec<VcpuStats>, DriverError> {
@@ -220,7 +221,7 @@ async fn memory(body: &Arc<Body>, def: &DomainDef) -> Result<MemoryStats, Driver
     };
     // Of changes QEMU tells; what the guest says it only says where it is asked to, every so often.
     let read = |now: &Value| now["actual"].as_u64().unwrap_or_default();
-    let actual = *body.known("query-balloon", json!({}), read).await?;
+    let actual = *body.known(("query-balloon", json!({})), Holds::UntilAnyChange, read).await?;
     if balloon.stats.as_ref().is_none_or(|stats| stats.period == 0) {
         return Ok(MemoryStats { actual, rss, guest: None });
     }

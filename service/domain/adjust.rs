@@ -292,7 +292,9 @@ impl Domain {
             put
         };
         let put = Box::pin(put).await;
-        if put.is_ok() || Box::pin(self.undo(&guest, &before, &after, &what)).await.is_ok() {
+        if put.is_ok() {
+            self.is_adjusted(&guest);
+        } else if Box::pin(self.undo(&guest, &before, &after, &what)).await.is_ok() {
             self.is_as_kept(&guest).await;
         }
         put
@@ -405,6 +407,17 @@ impl Domain {
             followed: false,
         });
         on_disk(move || status.is_given(text, noted)).await
+    }
+
+    /// The guest is as its configurations say, which are on disk: nobody waits until the note of the change is none.
+    pub(super) fn is_adjusted(&self, guest: &Guest) {
+        let (status, uuid) = (guest.status.clone(), self.uuid);
+        status.is_adjusted();
+        tokio::spawn(async move {
+            if let Err(error) = on_disk(move || status.catch_up()).await {
+                tracing::warn!(%uuid, %error, "what has been changed is noted as being changed until more is written");
+            }
+        });
     }
 
     /// The guest is as its configuration says.

@@ -348,7 +348,12 @@ impl Domain {
     pub(crate) async fn store(&self, stored: Arc<StoredDef>, name: &str) -> Result<()> {
         let note = Note { name: name.to_owned(), ..lock(&self.state).note(self.owner, &*self.driver) };
         let (shared, uuid) = (self.shared.clone(), self.uuid);
-        on_disk(move || shared.store.save_definition(uuid, &stored, &note)).await
+        let status = self.guest().ok().map(|guest| guest.status);
+        let save = move || {
+            status.map_or(Ok(()), |status| status.catch_up())?;
+            shared.store.save_definition(uuid, &stored, &note)
+        };
+        on_disk(save).await
     }
 
     /// Notes the configuration of what runs; a guest that has just ended needs no note.

@@ -90,11 +90,13 @@ impl Domain {
             fail_point::reached();
             let mut put = self.put_written(Some(live.clone()), stored, Update::Whole).await;
             fail_point::reached();
-            if put.is_err() {
+            if put.is_ok() {
+                self.is_adjusted(&guest);
+            } else {
                 // The guest has it, whatever cannot be written.
                 put = self.put_written(Some(live), None, Update::Whole).await.and(put);
+                self.is_as_kept(&guest).await;
             }
-            self.is_as_kept(&guest).await;
             self.tell_device(DeviceEvent::Added { alias: alias.clone() });
             put.map(|()| alias)
         })

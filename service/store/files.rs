@@ -6,7 +6,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The largest file of our own that is read, in bytes.
 const MAX_FILE: u64 = 64 << 20;
@@ -59,6 +59,33 @@ pub(super) fn replace(path: &Path, content: &[u8]) -> Result<()> {
     let (folder, name) = (path.parent(), path.file_name().and_then(|name| name.to_str()));
     let (folder, name) = (folder.unwrap_or(Path::new("/")), name.unwrap_or_default());
     change_all(folder, &[(name, content)], &[])
+}
+
+/// A file of our own that whoever looks finds already, and that the host may lose with its power still.
+#[derive(Debug)]
+pub(crate) struct Unsynced {
+    path: PathBuf,
+    file: fs::File,
+}
+
+impl Unsynced {
+    /// Blocks until the disk has it.
+    pub fn sync(self) -> Result<()> {
+        self.file.sync_data().map_err(|e| Error::from_io("write", &self.path, &e))?;
+        sync_folder(self.path.parent().unwrap_or(Path::new("/")))
+    }
+}
+
+/// Replaces a file in one step, mode 0600, for whoever looks from now on.
+pub(super) fn replace_at_once(path: &Path, content: &[u8]) -> Result<Unsynced> {
+    let write = || {
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder)?;
+        file.write_all(content)?;
+        file.persist(path).map_err(|e| e.error)
+    };
+    let file = write().map_err(|e| Error::from_io("write", path, &e))?;
+    Ok(Unsynced { path: path.to_owned(), file })
 }
 
 /// Replaces files of one folder, each in one step and in this order, mode 0600, and then removes those of `gone`, in this
@@ -121,6 +148,19 @@ pub(super) fn unlink(path: &Path) -> Result<bool> {
 mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt as _;
+
+    #[test]
+    fn what_is_replaced_at_once_is_found_before_it_is_synced() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("a");
+        for content in [b"1", b"2"] {
+            let unsynced = replace_at_once(&path, content).expect("written");
+            assert_eq!(fs::read(&path).expect("it is there"), content);
+            unsynced.sync().expect("on disk");
+        }
+        let about = fs::metadata(&path).expect("it is there");
+        assert_eq!((about.mode() & 0o777, fs::read_dir(folder.path()).expect("a folder").count()), (0o600, 1));
+    }
 
     #[test]
     fn what_is_there_as_it_is_to_be_is_left_alone() {

@@ -11,8 +11,8 @@
 //! ```
 
 use super::{
-    Store, change_all, json, read_bytes, read_json, remove, remove_unfinished, replace, replace_json, sync_folder,
-    unlink,
+    Store, Unsynced, change_all, json, read_bytes, read_json, remove, remove_unfinished, replace, replace_at_once,
+    replace_json, sync_folder, unlink,
 };
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -196,7 +196,7 @@ impl Store {
             Ok(current) => (current, None),
             Err(e) => (None, Some(format!("which of its snapshots is current is not known: {e}"))),
         };
-        let (intent, no_intent) = match read_if_there(&folder.join(INTENT)) {
+        let (intent, no_intent) = match intent(&folder.join(INTENT)) {
             Ok(intent) => (intent, None),
             Err(e) => (None, Some(format!("an operation on its snapshots that was cut off cannot be finished: {e}"))),
         };
@@ -232,18 +232,17 @@ impl Store {
 
     /// Stores a snapshot's record. Nothing is written of one that could not be read again.
     pub fn save_snapshot(&self, uuid: Uuid, record: &Record) -> Result<()> {
-        self.save_snapshots(uuid, None, std::slice::from_ref(record), None, None)
+        self.save_snapshots(uuid, None, std::slice::from_ref(record), None)
     }
 
-    /// The same of several, and which one is current; an intent comes to its place before them, and the record `gone` goes
-    /// after them. When this returns all of that is on disk.
+    /// The same of several, and which one is current; an intent comes to its place before them. When this returns all of that is on
+    /// disk.
     pub fn save_snapshots(
         &self,
         uuid: Uuid,
         intent: Option<&Intent>,
         records: &[Record],
         current: Option<&Current>,
-        gone: Option<&str>,
     ) -> Result<()> {
         self.make_snapshots(uuid)?;
         let mut files: Vec<(String, Vec<u8>)> = Vec::new();
@@ -266,9 +265,18 @@ impl Store {
             None => {}
         }
         let files: Vec<(&str, &[u8])> = files.iter().map(|(name, content)| (&**name, &**content)).collect();
-        let gone = gone.map(|name| format!("{name}.xml"));
-        removed.extend(gone.as_deref());
         change_all(&self.snapshots(uuid), &files, &removed)
+    }
+
+    /// Removes the record of a snapshot, after the others say that it is gone and which one is current. What is only removed is on
+    /// disk with the next [`Store::sync_snapshots`].
+    pub fn remove_snapshot(&self, uuid: Uuid, changed: &[Record], current: Option<&Current>, name: &str) -> Result<()> {
+        match current {
+            Some(Current(None)) if changed.is_empty() => _ = unlink(&self.snapshots(uuid).join(CURRENT))?,
+            None if changed.is_empty() => {}
+            _ => self.save_snapshots(uuid, None, changed, current)?,
+        }
+        unlink(&self.snapshots(uuid).join(format!("{name}.xml"))).map(drop)
     }
 
     /// Stores the records of checkpoints.
@@ -327,6 +335,12 @@ impl Store {
     pub fn save_intent(&self, uuid: Uuid, intent: &Intent) -> Result<()> {
         self.make_snapshots(uuid)?;
         replace_json(&self.snapshots(uuid).join(INTENT), intent)
+    }
+
+    /// The same, found from now on, and on disk once it is synced.
+    pub fn save_intent_at_once(&self, uuid: Uuid, intent: &Intent) -> Result<Unsynced> {
+        self.make_snapshots(uuid)?;
+        replace_at_once(&self.snapshots(uuid).join(INTENT), &json(intent)?)
     }
 
     /// The block jobs that are under way, by their disks.
@@ -444,6 +458,18 @@ fn current(file: &Path) -> Result<Option<String>> {
     }
 }
 
+/// What was cut off, if something was. A file without content is one of which the disk had nothing when the host lost its power
+/// ([`Store::save_intent_at_once`]): what it said is done once more by whoever wants it, or was not begun.
+fn intent(path: &Path) -> Result<Option<Intent>> {
+    match read_if_there(path) {
+        Err(_) if read_bytes(path).is_ok_and(|content| content.is_empty()) => {
+            tracing::warn!("{} is empty: the host lost its power when an operation on snapshots began", path.display());
+            Ok(None)
+        }
+        intent => intent,
+    }
+}
+
 /// One of our own files, if there is one.
 fn read_if_there<T: DeserializeOwned>(file: &Path) -> Result<Option<T>> {
     match fs::symlink_metadata(file) {
@@ -514,5 +540,26 @@ impl Record {
     pub fn document(&self, secure: bool) -> Result<String, String> {
         let def = self.def.as_ref().map_err(Clone::clone)?;
         Ok(SnapshotDef { cookie: Some(cookie(self)), ..def.clone() }.write(secure, true))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_intent_of_which_the_disk_had_nothing_is_none_and_one_that_is_damaged_is_told() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join(INTENT);
+        assert!(intent(&path).expect("none").is_none());
+        fs::write(&path, "").expect("written");
+        assert!(intent(&path).expect("none").is_none());
+        fs::write(&path, "{").expect("written");
+        assert!(intent(&path).is_err());
+        let kept = Intent { deed: Deed::Delete { name: "a".to_owned() }, note: None };
+        replace_at_once(&path, &json(&kept).expect("JSON")).expect("written").sync().expect("on disk");
+        assert!(
+            matches!(intent(&path).expect("read"), Some(Intent { deed: Deed::Delete { name }, .. }) if name == "a")
+        );
     }
 }

@@ -67,12 +67,12 @@ pub(crate) struct StoredChange {
 impl Store {
     /// A status file, not yet written.
     pub fn status_file(&self, uuid: Uuid, status: Status) -> Arc<StatusFile> {
-        self.status_file_as(uuid, Kept { status, start: None })
+        self.status_file_as(uuid, Kept { status, start: None, behind: false })
     }
 
     /// The status of a guest that is being started; [`StatusFile::started`] ends that.
     pub fn status_file_of_start(&self, uuid: Uuid, status: Status) -> Arc<StatusFile> {
-        self.status_file_as(uuid, Kept { status, start: Some(None) })
+        self.status_file_as(uuid, Kept { status, start: Some(None), behind: false })
     }
 
     fn status_file_as(&self, uuid: Uuid, kept: Kept) -> Arc<StatusFile> {
@@ -98,6 +98,8 @@ struct Kept {
     status: Status,
     /// While it is being started: the configuration that is written with the driver's next record, which can be read again.
     start: Option<Option<String>>,
+    /// The file says of it that something is being changed, which is done.
+    behind: bool,
 }
 
 impl StatusFile {
@@ -161,8 +163,23 @@ impl StatusFile {
         let Some(mut changed) = kept.clone() else { return Ok(()) };
         change(&mut changed)?;
         replace_json(&self.path, &changed.status)?;
+        changed.behind = false;
         *kept = Some(changed);
         Ok(())
+    }
+
+    /// What was being changed on the guest is done, also in what is stored. The file says so with what is written next: whoever
+    /// finds it before finds nothing left to do, as long as nothing else is stored ([`StatusFile::catch_up`]).
+    pub fn is_adjusted(&self) {
+        if let Some(kept) = lock(&self.kept).as_mut() {
+            kept.behind |= kept.status.adjusting.take().is_some();
+        }
+    }
+
+    /// Has the file say what is done. To be called before anything is stored.
+    pub fn catch_up(&self) -> Result<()> {
+        let behind = lock(&self.kept).as_ref().is_some_and(|kept| kept.behind);
+        if behind { self.write(|_| Ok(())) } else { Ok(()) }
     }
 
     /// The guest has gone: nothing is written from now on, nor is its managed save marked as used. Blocks while something is being
@@ -298,6 +315,24 @@ mod tests {
         drop(folder);
     }
 
+    #[test]
+    fn what_is_done_is_written_with_what_comes_next_or_before_anything_is_stored() {
+        let (folder, file, _) = start();
+        let note = Adjusting { after: String::new(), what: Vec::new(), stored: None, device: None, followed: true };
+        let is_noted = |file: &StatusFile| (file.adjusting().is_some(), status(file).adjusting.is_some());
+        for write in [StatusFile::catch_up, |file: &StatusFile| file.update(|status| status.id = 8)] {
+            file.update(|status| status.adjusting = Some(note.clone())).expect("written");
+            assert_eq!(is_noted(&file), (true, true));
+            file.catch_up().expect("nothing to write");
+            assert_eq!(is_noted(&file), (true, true));
+            file.is_adjusted();
+            assert_eq!(is_noted(&file), (false, true));
+            write(&file).expect("written");
+            assert_eq!(is_noted(&file), (false, false));
+        }
+        drop(folder);
+    }
+
     const XML: &str = "<domain type='test'><name>toy</name><uuid>00000000-0000-0000-0000-000000000001</uuid>\
                        <memory>65536</memory><os><type>hvm</type></os></domain>";
 
@@ -318,7 +353,7 @@ mod tests {
             adjusting: None,
             record: None,
         };
-        let kept = Mutex::new(Some(Kept { status, start: Some(None) }));
+        let kept = Mutex::new(Some(Kept { status, start: Some(None), behind: false }));
         let file = Arc::new(StatusFile {
             path: folder.path().join("status.json"),
             saved: folder.path().join("0.virtsave"),

@@ -231,10 +231,18 @@ impl Operation {
         self.may_be_done(&plan, snapshot).await?;
         let mut deed = plan.deed;
         let images = self.held_images(snapshot, &record_of(snapshot));
-        // That is looked at while the note comes to disk.
+        // That is looked at while the note is written.
         let (noted, known) =
-            tokio::join!(journal.note(written(&Note::Delete(deed.clone()))?), self.before_forgetting(&images));
-        noted?;
+            tokio::join!(journal.note_at_once(written(&Note::Delete(deed.clone()))?), self.before_forgetting(&images));
+        let synced = noted?;
+        // What is merged or removed is gone; a snapshot inside images is forgotten once more at no harm.
+        let synced = match deed.merges.is_empty() && deed.unlinks.is_empty() {
+            true => synced,
+            false => {
+                synced.await?;
+                Box::pin(async { Ok(()) })
+            }
+        };
         // Half a merge cannot be taken back: it goes to its end, or it is not begun.
         journal.point_of_no_return();
         self.goes_to_its_end();
@@ -244,7 +252,10 @@ impl Operation {
         if !deed.merges.is_empty() {
             journal.merging(&targets(&deed)).await?;
         }
-        self.carry_out(snapshot, &mut deed, known, Some(journal)).await
+        let (carried_out, synced) = tokio::join!(self.carry_out(snapshot, &mut deed, known, Some(journal)), synced);
+        let replaced = carried_out?;
+        synced.map_err(to_be_repeated)?;
+        Ok(replaced)
     }
 
     /// Every step can be done again. What has been merged when one fails is merged for good. `known`: what was looked at

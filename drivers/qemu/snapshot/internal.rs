@@ -4,7 +4,7 @@ use super::super::instance::Body;
 use super::note::{CreateInternal, Note, Part, taken, written};
 use super::{Image, Operation, parts, undone};
 use crate::host::image::Images;
-use crate::qemu::block::{Nodes, delete_snapshot};
+use crate::qemu::block::{Readers, delete_snapshot};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,8 +15,8 @@ use virt_model::driver::snapshots::{CreatedSnapshot, Journal, SnapshotRequest};
 pub(super) struct BeforeForgetting {
     /// Those of the images that are noted as frozen, and look as they did then.
     frozen: Vec<PathBuf>,
-    /// What the guest has open, if it runs.
-    nodes: Result<Option<Nodes>, DriverError>,
+    /// By which nodes the guest reads images, if it runs.
+    readers: Result<Option<Arc<Readers>>, DriverError>,
 }
 
 impl Operation {
@@ -39,29 +39,28 @@ impl Operation {
             copies: copies.iter().map(|(_, to)| to.clone()).collect(),
             done: None,
         };
-        // QEMU answers while the note comes to disk.
-        let (noted, nodes) = tokio::join!(journal.note(written(&Note::CreateInternal(note.clone()))?), self.nodes());
-        noted?;
-        let nodes = nodes?;
+        // QEMU answers while the note is written.
+        let noted = journal.note_at_once(written(&Note::CreateInternal(note.clone()))?);
+        let (synced, readers) = tokio::join!(noted, self.readers());
+        let (synced, readers) = (synced?, readers?);
         let captured = async {
             self.copy_all(copies, journal).await?;
-            match self.body.as_ref().zip(nodes.as_ref()) {
-                Some((body, nodes)) => {
-                    self.save_in_images(body, request, nodes.of_images(&images)?, journal).await?;
+            match self.body.as_ref().zip(readers.as_ref()) {
+                Some((body, readers)) => {
+                    self.save_in_images(body, request, readers.of_images(&images)?, journal).await?;
                 }
                 None => self.take_in_images(request, &images, journal).await?,
             }
             if journal.cancelled().is_cancelled() { Err(DriverError::Cancelled) } else { Ok(()) }
         };
-        if let Err(error) = captured.await {
+        let (captured, synced) = tokio::join!(captured, synced);
+        if let Err(error) = captured.and(synced) {
             return Err(undone(error, self.undo_internal(&note).await));
         }
         journal.point_of_no_return();
         self.goes_to_its_end();
         note.done = Some(record.clone());
         journal.captured(written(&Note::CreateInternal(note))?);
-        self.go_on_if_it_can(resume && !request.stay_paused).await;
-        journal.step("resumed");
         Ok(taken(record, None))
     }
 
@@ -85,7 +84,8 @@ impl Operation {
         nodes: Vec<String>,
         journal: &Arc<dyn Journal>,
     ) -> Result<(), DriverError> {
-        if self.machine.running {
+        // Of itself QEMU has the guest pause for as long as that takes.
+        if self.machine.running && request.stay_paused {
             body.patiently("stop", json!({})).await?;
             journal.step("stopped");
         }
@@ -127,8 +127,8 @@ impl Operation {
 
     /// What is to be known before a snapshot is removed from images. Changes nothing.
     pub(super) async fn before_forgetting(&self, images: &[Image]) -> BeforeForgetting {
-        let (frozen, nodes) = tokio::join!(self.still_frozen(images), self.nodes());
-        BeforeForgetting { frozen, nodes }
+        let (frozen, readers) = tokio::join!(self.still_frozen(images), self.readers());
+        BeforeForgetting { frozen, readers }
     }
 
     /// Removes a snapshot from images, wherever it is.
@@ -148,9 +148,9 @@ impl Operation {
         name: &str,
         images: &[Image],
         must_be_open: bool,
-        BeforeForgetting { frozen, nodes }: BeforeForgetting,
+        BeforeForgetting { frozen, readers }: BeforeForgetting,
     ) -> Result<(), DriverError> {
-        let forgotten = self.forget_wherever(name, images, must_be_open, nodes).await;
+        let forgotten = self.forget_wherever(name, images, must_be_open, readers).await;
         if !frozen.is_empty() {
             self.note_frozen(frozen).await;
         }
@@ -162,11 +162,13 @@ impl Operation {
         name: &str,
         images: &[Image],
         must_be_open: bool,
-        nodes: Result<Option<Nodes>, DriverError>,
+        readers: Result<Option<Arc<Readers>>, DriverError>,
     ) -> Result<(), DriverError> {
         if let Some(body) = &self.body {
-            let forgotten = match nodes {
-                Ok(nodes) => self.forget_in_guest(body, &nodes.unwrap_or_default(), name, images, must_be_open).await,
+            let forgotten = match readers {
+                Ok(readers) => {
+                    self.forget_in_guest(body, &readers.unwrap_or_default(), name, images, must_be_open).await
+                }
                 Err(error) => Err(error),
             };
             match forgotten {
@@ -185,16 +187,15 @@ impl Operation {
     async fn forget_in_guest(
         &self,
         body: &Body,
-        nodes: &Nodes,
+        readers: &Readers,
         name: &str,
         images: &[Image],
         must_be_open: bool,
     ) -> Result<(), DriverError> {
-        let mut holders = Vec::new();
+        let mut nodes = Vec::new();
         for image in images {
-            match nodes.image(image, "qcow2") {
-                Some(node) if node.snapshots.iter().any(|inner| inner.name == name) => holders.push(node.name.clone()),
-                Some(_) => {}
+            match readers.image(image, "qcow2") {
+                Some(node) => nodes.push(node.to_owned()),
                 None if must_be_open => {
                     let image = image.display();
                     return Err(DriverError::Refused(format!(
@@ -204,6 +205,6 @@ impl Operation {
                 None => {}
             }
         }
-        delete_snapshot(&body.line()?, name, holders).await
+        delete_snapshot(&body.line()?, name, nodes).await
     }
 }

@@ -43,7 +43,7 @@ pub use files::open_memory;
 pub use reading::stream as saved_stream;
 pub use seal::Sealing;
 
-use super::block::Nodes;
+use super::block::{Nodes, Readers};
 use super::instance::Body;
 use super::plan::MemorySource;
 use super::{QemuDriver, our_body};
@@ -253,6 +253,14 @@ impl Operation {
     async fn nodes(&self) -> Result<Option<Nodes>, DriverError> {
         match &self.body {
             Some(body) => Nodes::of(body).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// By which nodes the guest reads images, if it runs.
+    async fn readers(&self) -> Result<Option<Arc<Readers>>, DriverError> {
+        match &self.body {
+            Some(body) => Readers::of(body).await.map(Some),
             None => Ok(None),
         }
     }

@@ -435,7 +435,7 @@ impl Domain {
             let parent = def.parent.clone();
             let created_usec = within_second(def.created, now_usec());
             let record = Record { name: name.clone(), def: Ok(def), order, created_usec, record: taken.record };
-            journal.keep_records(vec![record.clone()], Some(Current(Some(name.clone()))), None).await?;
+            journal.keep_record(record.clone(), Current(Some(name.clone()))).await?;
             journal.step("record");
             journal.end().await?;
             self.all_told().await.commit(|state| {

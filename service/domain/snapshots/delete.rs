@@ -290,9 +290,7 @@ impl Domain {
             let parent = tree.get(name).and_then(|node| node.parent.clone());
             (tree.current() == Some(name)).then_some(Current(parent))
         };
-        journal.keep_records(changed.clone(), current, Some(name.to_owned())).await?;
-        journal.step("records");
-        journal.end().await?;
+        journal.end_with_gone(changed.clone(), current, name.to_owned()).await?;
         self.all_told().await.commit(|state| {
             put(state, changed);
             state.snapshots.change().remove(name);

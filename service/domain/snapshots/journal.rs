@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::Journal;
+use virt_model::driver::snapshots::{Journal, NoteSync};
 use virt_model::state::Stopped;
 
 /// See the module.
@@ -57,6 +57,13 @@ impl DomainJournal {
         Ok(())
     }
 
+    /// Takes a note of the driver's into the intent.
+    fn with_note(&self, note: serde_json::Value) -> Intent {
+        let mut intent = lock(&self.intent);
+        intent.note = Some(note);
+        intent.clone()
+    }
+
     async fn keep(&self, intent: Intent) -> Result<()> {
         let (shared, uuid, kept) = (self.domain.shared.clone(), self.domain.uuid, intent.clone());
         on_disk(move || shared.store.save_intent(uuid, &kept)).await?;
@@ -65,21 +72,30 @@ impl DomainJournal {
         Ok(())
     }
 
-    /// Keeps the records and which one is current, and with them a note that is not kept yet; the record `gone` is removed.
-    pub async fn keep_records(
-        &self,
-        records: Vec<Record>,
-        current: Option<Current>,
-        gone: Option<String>,
-    ) -> Result<()> {
+    /// Keeps a record and which one is current, and with them a note that is not kept yet.
+    pub async fn keep_record(&self, record: Record, current: Current) -> Result<()> {
         let intent = self.behind.load(Relaxed).then(|| lock(&self.intent).clone());
         let (shared, uuid) = (self.domain.shared.clone(), self.domain.uuid);
-        on_disk(move || {
-            shared.store.save_snapshots(uuid, intent.as_ref(), &records, current.as_ref(), gone.as_deref())
-        })
-        .await?;
+        on_disk(move || shared.store.save_snapshots(uuid, intent.as_ref(), &[record], Some(&current))).await?;
         self.behind.store(false, Relaxed);
         Ok(())
+    }
+
+    /// Ends with a snapshot that has gone for good: its record goes, and what others say of it is kept before. What is only removed is
+    /// not waited for until it is on disk: should the host lose its power in this moment, the deletion is done once more.
+    pub async fn end_with_gone(&self, changed: Vec<Record>, current: Option<Current>, gone: String) -> Result<()> {
+        let (shared, uuid) = (self.domain.shared.clone(), self.domain.uuid);
+        let is_noted = lock(&self.open).is_some();
+        on_disk(move || {
+            shared.store.remove_snapshot(uuid, &changed, current.as_ref(), &gone)?;
+            if !is_noted {
+                shared.store.sync_snapshots(uuid);
+            }
+            Ok(())
+        })
+        .await?;
+        self.step("records");
+        self.end().await
     }
 
     /// It is done, or undone. Should the host lose its power in this moment, that is found and done once more.
@@ -109,28 +125,39 @@ impl DomainJournal {
     }
 }
 
+fn not_noted(error: Error) -> DriverError {
+    match error {
+        Error::NoSpace(text) => DriverError::NoSpace(text),
+        error => DriverError::Storage(error.to_string()),
+    }
+}
+
 #[async_trait]
 impl Journal for DomainJournal {
     async fn note(&self, note: serde_json::Value) -> Result<(), DriverError> {
-        let intent = {
-            let mut intent = lock(&self.intent);
-            intent.note = Some(note);
-            intent.clone()
-        };
-        self.keep(intent).await.map_err(|e| match e {
-            Error::NoSpace(text) => DriverError::NoSpace(text),
-            e => DriverError::Storage(e.to_string()),
-        })?;
+        self.keep(self.with_note(note)).await.map_err(not_noted)?;
         self.step("note");
         Ok(())
     }
 
+    async fn note_at_once(&self, note: serde_json::Value) -> Result<NoteSync, DriverError> {
+        let intent = self.with_note(note);
+        let (shared, uuid, kept) = (self.domain.shared.clone(), self.domain.uuid, intent.clone());
+        let unsynced = on_disk(move || shared.store.save_intent_at_once(uuid, &kept)).await.map_err(not_noted)?;
+        self.behind.store(false, Relaxed);
+        *lock(&self.open) = Some(intent);
+        self.step("note");
+        let sync = tokio::spawn(on_disk(move || unsynced.sync()));
+        Ok(Box::pin(async move {
+            match sync.await {
+                Ok(synced) => synced.map_err(not_noted),
+                Err(e) => Err(DriverError::Internal(format!("what is under way is not kept: {e}"))),
+            }
+        }))
+    }
+
     fn captured(&self, note: serde_json::Value) {
-        let intent = {
-            let mut intent = lock(&self.intent);
-            intent.note = Some(note);
-            intent.clone()
-        };
+        let intent = self.with_note(note);
         self.behind.store(true, Relaxed);
         *lock(&self.open) = Some(intent);
         self.step("captured");

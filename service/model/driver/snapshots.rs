@@ -19,6 +19,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
@@ -381,11 +382,22 @@ pub enum Recovered {
     Saved(PathBuf),
 }
 
+/// Ready once a note is on disk, whatever becomes of the host.
+pub type NoteSync = Pin<Box<dyn Future<Output = Result<(), DriverError>> + Send>>;
+
 /// Where an operation tells how far it is.
 #[async_trait]
 pub trait Journal: Send + Sync {
     /// Keeps a note, durably, in place of the one before. On failure nothing may be changed.
     async fn note(&self, note: serde_json::Value) -> Result<(), DriverError>;
+
+    /// The same for what can be done once more, or is of no use without its record: the next virtd finds the note from now on,
+    /// however this one ends. What it gives is ready once the host may lose its power, too, and is to be waited for before the
+    /// operation is taken for done.
+    async fn note_at_once(&self, note: serde_json::Value) -> Result<NoteSync, DriverError> {
+        self.note(note).await?;
+        Ok(Box::pin(async { Ok(()) }))
+    }
 
     /// Takes a note in place of the one before which says that the machine is captured: it is kept, durably, in one step with the
     /// record of the snapshot. What is lost before that, with virtd or the host, is undone by the note before.
