@@ -176,13 +176,15 @@ fn n3_what_does_not_act_is_refused_by_a_start_where_it_stands() {
     }
 }
 
+/// What a start is refused for of a network that says that on its second line and that on its third.
+fn found(forward: &str, more: &str) -> Vec<String> {
+    let text = format!("<network><name>n</name>\n{forward}\n{more}</network>");
+    let found = check(&NetworkDef::parse(&text).unwrap());
+    found.iter().map(|one| format!("{}:{} {}", one.line, one.column, one.path)).collect()
+}
+
 #[test]
 fn n3_all_guests_together_are_limited_and_in_a_vlan_where_that_can_be() {
-    let found = |forward: &str, more: &str| {
-        let text = format!("<network><name>n</name>\n{forward}\n{more}</network>");
-        let found = check(&NetworkDef::parse(&text).unwrap());
-        found.iter().map(|one| format!("{}:{} {}", one.line, one.column, one.path)).collect::<Vec<_>>()
-    };
     let (limits, vlan) = ("<bandwidth><inbound average='9'/></bandwidth>", "<vlan><tag id='7'/></vlan>");
     let (nat, bridge) = ("<forward mode='nat'/>", "<forward mode='bridge'/><bridge name='br0'/>");
     let (cards, direct) = (
@@ -203,11 +205,6 @@ fn n3_all_guests_together_are_limited_and_in_a_vlan_where_that_can_be() {
 
 #[test]
 fn n3_without_a_bridge_nothing_is_said_of_ports() {
-    let found = |forward: &str, more: &str| {
-        let text = format!("<network><name>n</name>\n{forward}\n{more}</network>");
-        let found = check(&NetworkDef::parse(&text).unwrap());
-        found.iter().map(|one| format!("{}:{} {}", one.line, one.column, one.path)).collect::<Vec<_>>()
-    };
     let more = "<port isolated='yes'/>\n<portgroup name='a'><vlan><tag id='7'/></vlan><bandwidth><inbound average='9'/></bandwidth></portgroup>";
     let direct = "<forward mode='private'><interface dev='eth0'/></forward>";
     assert_eq!(found(direct, more), ["3:1 /port/@isolated", "4:21 /portgroup/vlan"]);

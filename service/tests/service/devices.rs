@@ -86,25 +86,3 @@ async fn what_runs_follows_a_device_that_has_gone_though_nothing_can_be_stored()
     assert!(told.len() == 1 && told[0].contains("Removed"), "{told:?}");
     assert!(!domain.xml(&world.alice(), Form::default()).await.unwrap().contains("vdb"));
 }
-
-#[tokio::test]
-async fn what_a_deaf_hypervisor_may_have_is_what_runs_until_it_says_otherwise() {
-    let folder = tempfile::tempdir().unwrap();
-    let mut world = World::open(folder.path()).await;
-    let domain = started(&mut world).await;
-    let guest = world.driver.guest(domain.uuid()).unwrap();
-    let runs = async || domain.xml(&world.alice(), Form::LIVE).await.unwrap();
-    guest.hang(true);
-    tokio::time::pause();
-    let disk = "<disk type='file'><source file='/c.img'/><target dev='vdc' bus='virtio'/><alias name='ua-c'/></disk>";
-    let live = Affect { live: true, ..Affect::default() };
-    let attached = domain.attach_device(&world.alice(), disk, live, Vec::new()).await;
-    assert!(matches!(attached, Err(Error::TimedOut(_))), "{attached:?}");
-    tokio::time::resume();
-    assert!(runs().await.contains("vdc"));
-    guest.hang(false);
-    guest.report(DriverEvent::DeviceGone("ua-c".to_owned()));
-    let told = told_of_devices(&mut world, &domain).await;
-    assert!(told.len() == 1 && told[0].contains("Removed"), "{told:?}");
-    assert!(!domain.xml(&world.alice(), Form::LIVE).await.unwrap().contains("vdc"));
-}
