@@ -196,23 +196,30 @@ async fn a_job_that_cannot_be_stopped_goes_to_its_end() {
 async fn a_snapshot_that_one_command_does_not_delete_is_deleted_by_a_job_in_what_is_left() {
     const ONE: &str = "blockdev-snapshot-delete-internal-sync";
     let of_the_job = json!({ "return": [{ "id": "virtd-snapshot-delete", "status": "concluded" }] });
+    let node = |name: &str, holds: &str| {
+        let inner = json!({ "id": "1", "name": holds, "vm-state-size": 0, "date-sec": 0, "date-nsec": 0 });
+        json!({ "node-name": name, "drv": "qcow2", "file": name, "image": { "snapshots": [inner] } })
+    };
+    let nodes = json!({ "return": [node("a", "s"), node("b", "s"), node("c", "t"), node("d", "other")] });
     let (line, played) = qemu(vec![
         (ONE, done(), &[]),
         (ONE, refused("not the top of its chain"), &[]),
+        ("query-named-block-nodes", nodes, &[]),
         ("snapshot-delete", done(), THROUGH),
         ("query-jobs", of_the_job, &[]),
         ("job-dismiss", done(), &[]),
         ("query-status", done(), &[]),
     ])
     .await;
-    let nodes = ["a", "b", "c"].map(str::to_owned).to_vec();
+    let nodes = ["a", "d", "b", "c"].map(str::to_owned).to_vec();
     tokio::time::timeout(LIMIT, delete_snapshot(&line, "s", nodes)).await.expect("it ends").expect("deleted");
     line.patiently("query-status", json!({})).await.expect("answered");
     drop(line);
     let given = tokio::time::timeout(LIMIT, played).await.expect("it hangs up").expect("as it was to be");
     assert_eq!(given[0], json!({ "device": "c", "name": "s" }));
     assert_eq!(given[1], json!({ "device": "b", "name": "s" }));
-    assert_eq!(given[2], json!({ "tag": "s", "devices": ["a", "b"], "job-id": "virtd-snapshot-delete" }));
+    // What does not hold it is not touched: a job is refused for what it cannot write.
+    assert_eq!(given[3], json!({ "tag": "s", "devices": ["a", "b"], "job-id": "virtd-snapshot-delete" }));
 }
 
 #[tokio::test]

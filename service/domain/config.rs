@@ -350,7 +350,7 @@ impl Domain {
         let (shared, uuid) = (self.shared.clone(), self.uuid);
         let status = self.guest().ok().map(|guest| guest.status);
         let save = move || {
-            status.map_or(Ok(()), |status| status.catch_up())?;
+            status.map_or(Ok(()), |status| status.will_store(&stored.text()))?;
             shared.store.save_definition(uuid, &stored, &note)
         };
         on_disk(save).await

@@ -458,12 +458,15 @@ fn current(file: &Path) -> Result<Option<String>> {
     }
 }
 
-/// What was cut off, if something was. A file without content is one of which the disk had nothing when the host lost its power
+/// What was cut off, if something was. A file that ends too early is one that the disk did not have yet when the host lost its power
 /// ([`Store::save_intent_at_once`]): what it said is done once more by whoever wants it, or was not begun.
 fn intent(path: &Path) -> Result<Option<Intent>> {
     match read_if_there(path) {
-        Err(_) if read_bytes(path).is_ok_and(|content| content.is_empty()) => {
-            tracing::warn!("{} is empty: the host lost its power when an operation on snapshots began", path.display());
+        Err(_) if read_bytes(path).is_ok_and(|content| ends_too_early(&content)) => {
+            tracing::warn!(
+                "{} is cut off: the host lost its power when an operation on snapshots began",
+                path.display()
+            );
             Ok(None)
         }
         intent => intent,
@@ -476,6 +479,12 @@ fn read_if_there<T: DeserializeOwned>(file: &Path) -> Result<Option<T>> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         _ => read_json(file).map(Some),
     }
+}
+
+/// Whether a file of our own has not come to disk as a whole: file systems leave its end out, or full of zeros.
+fn ends_too_early(content: &[u8]) -> bool {
+    content.last().is_none_or(|last| *last == 0)
+        || serde_json::from_slice::<serde::de::IgnoredAny>(content).is_err_and(|error| error.is_eof())
 }
 
 /// One file, if it is a record.
@@ -552,10 +561,14 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join(INTENT);
         assert!(intent(&path).expect("none").is_none());
-        fs::write(&path, "").expect("written");
-        assert!(intent(&path).expect("none").is_none());
-        fs::write(&path, "{").expect("written");
-        assert!(intent(&path).is_err());
+        for cut_off in ["", "{", "{\"deed\": \"Del\0\0\0"] {
+            fs::write(&path, cut_off).expect("written");
+            assert!(intent(&path).expect("none").is_none(), "{cut_off}");
+        }
+        for damaged in ["{}", "[]", "x"] {
+            fs::write(&path, damaged).expect("written");
+            assert!(intent(&path).is_err(), "{damaged}");
+        }
         let kept = Intent { deed: Deed::Delete { name: "a".to_owned() }, note: None };
         replace_at_once(&path, &json(&kept).expect("JSON")).expect("written").sync().expect("on disk");
         assert!(

@@ -176,10 +176,27 @@ impl StatusFile {
         }
     }
 
-    /// Has the file say what is done. To be called before anything is stored.
+    /// Has the file say what is done.
     pub fn catch_up(&self) -> Result<()> {
         let behind = lock(&self.kept).as_ref().is_some_and(|kept| kept.behind);
         if behind { self.write(|_| Ok(())) } else { Ok(()) }
+    }
+
+    /// The same before this is stored: what was to be stored beside an earlier change is not any more.
+    pub fn will_store(&self, text: &str) -> Result<()> {
+        let is_other = |adjusting: &Adjusting| adjusting.stored.as_ref().is_some_and(|noted| noted.after != text);
+        let (behind, other) = {
+            let kept = lock(&self.kept);
+            let Some(kept) = kept.as_ref() else { return Ok(()) };
+            (kept.behind, kept.status.adjusting.as_ref().is_some_and(is_other))
+        };
+        if !behind && !other {
+            return Ok(());
+        }
+        self.write(|kept| {
+            kept.status.adjusting.iter_mut().filter(|adjusting| is_other(adjusting)).for_each(|one| one.stored = None);
+            Ok(())
+        })
     }
 
     /// The guest has gone: nothing is written from now on, nor is its managed save marked as used. Blocks while something is being

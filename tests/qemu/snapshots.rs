@@ -245,9 +245,9 @@ async fn a_disk_that_fills_up_leaves_everything_as_it_was() {
         "<domainsnapshot><name>new</name><memory snapshot='external' file='{}'/></domainsnapshot>",
         room.join("memory").display()
     );
-    for xml in [internal, external] {
-        // When all has been checked and the guest stands.
-        daemon.at_step(3, &fill);
+    // When all has been checked: noted, and where virtd has the guest pause for it, paused.
+    for (step, xml) in [(2, internal), (3, external)] {
+        daemon.at_step(step, &fill);
         let (name, why) = player.create(&xml, options([])).await.expect_err("no room");
         assert!(daemon.step_came());
         assert!(name.ends_with("NoSpace") || name.ends_with("HypervisorFailed"), "{name}: {why}");

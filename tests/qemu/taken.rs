@@ -53,7 +53,7 @@ async fn a_card_and_a_macvtap_are_taken_and_given_back_by_a_real_kernel() {
     archives.resize(archives.len().next_multiple_of(4), 0);
     archives.extend(more_of_it(folder.path()));
     fs::write(&all, archives).expect("written");
-    let machine = "120 qemu-system-x86_64 -M q35 -nodefaults -m 512 -accel tcg -no-reboot -display none -serial stdio \
+    let machine = "300 qemu-system-x86_64 -M q35 -nodefaults -m 512 -accel tcg -no-reboot -display none -serial stdio \
                    -device intel-iommu -device e1000e,addr=5";
     let mut qemu = Command::new("timeout");
     qemu.args(machine.split_whitespace());

@@ -77,6 +77,7 @@ impl QemuDriver {
                     {
                         tracing::warn!(uuid = %body.uuid, %error, "it may have the memory of a device that it did not get");
                     }
+                    self.keeps_less_in_place(body, &started, def).await;
                 }
                 match def.device_named(alias) {
                     Some(_) => self.give_back(body, def, provided.files).await,
@@ -253,7 +254,13 @@ fn tells_what_did_not_come(body: &Body, before: &DomainDef, def: &DomainDef) {
     let new: Vec<String> = that_can_go(def).into_iter().filter(|alias| !known.contains(alias)).collect();
     tokio::spawn(async move {
         // What it was told before it does before it answers this.
-        if let Ok(told) = line.patiently("qom-list", json!({ "path": DEVICES })).await {
+        let told = loop {
+            match line.patiently("qom-list", json!({ "path": DEVICES })).await {
+                Err(DriverError::TimedOut(_)) => {}
+                told => break told,
+            }
+        };
+        if let Ok(told) = told {
             let there = names_in(&told);
             reporter.have_gone(new.into_iter().filter(|alias| !there.contains(alias)).collect());
         }

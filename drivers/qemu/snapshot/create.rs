@@ -136,7 +136,7 @@ impl Operation {
 
     /// A QEMU whose memory has been written to a file, and whose guest has not gone on since, does not write it again.
     async fn can_send_memory(&self, body: &Body, request: &SnapshotRequest) -> Result<(), DriverError> {
-        if !matches!(request.memory, MemoryMode::External(_)) {
+        if request.memory == MemoryMode::No {
             return Ok(());
         }
         match self.is_sent(body).await? {

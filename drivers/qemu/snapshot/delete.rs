@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::domain::DomainDef;
 use virt_model::driver::snapshots::{
-    DeletePlan, DiskMode, DiskPart, ExistingSnapshot, FileChange, FileFate, Journal, Replaced, Siblings, Unfinished,
+    DeletePlan, DiskMode, DiskPart, ExistingSnapshot, FileChange, FileFate, Journal, NoteSync, Replaced, Siblings,
+    Unfinished,
 };
 use virt_model::driver::{DriverError, StoredFile};
 
@@ -30,6 +31,20 @@ pub(super) struct Leaf {
     pub target: String,
     pub file: PathBuf,
     format: String,
+}
+
+/// Where a deletion is noted.
+pub(super) struct Noted<'a> {
+    journal: Option<&'a Arc<dyn Journal>>,
+    /// Ready once the note is on disk.
+    synced: NoteSync,
+}
+
+impl Noted<'_> {
+    /// By an earlier virtd, and nobody is told.
+    pub fn before() -> Self {
+        Noted { journal: None, synced: Box::pin(async { Ok(()) }) }
+    }
 }
 
 /// What is to be done, and what that is known from.
@@ -234,15 +249,7 @@ impl Operation {
         // That is looked at while the note is written.
         let (noted, known) =
             tokio::join!(journal.note_at_once(written(&Note::Delete(deed.clone()))?), self.before_forgetting(&images));
-        let synced = noted?;
-        // What is merged or removed is gone; a snapshot inside images is forgotten once more at no harm.
-        let synced = match deed.merges.is_empty() && deed.unlinks.is_empty() {
-            true => synced,
-            false => {
-                synced.await?;
-                Box::pin(async { Ok(()) })
-            }
-        };
+        let noted = Noted { journal: Some(journal), synced: noted? };
         // Half a merge cannot be taken back: it goes to its end, or it is not begun.
         journal.point_of_no_return();
         self.goes_to_its_end();
@@ -252,10 +259,7 @@ impl Operation {
         if !deed.merges.is_empty() {
             journal.merging(&targets(&deed)).await?;
         }
-        let (carried_out, synced) = tokio::join!(self.carry_out(snapshot, &mut deed, known, Some(journal)), synced);
-        let replaced = carried_out?;
-        synced.map_err(to_be_repeated)?;
-        Ok(replaced)
+        self.carry_out(snapshot, &mut deed, known, noted).await
     }
 
     /// Every step can be done again. What has been merged when one fails is merged for good. `known`: what was looked at
@@ -265,9 +269,9 @@ impl Operation {
         snapshot: &ExistingSnapshot,
         deed: &mut Delete,
         known: BeforeForgetting,
-        journal: Option<&Arc<dyn Journal>>,
+        noted: Noted<'_>,
     ) -> Result<Vec<Replaced>, Unfinished> {
-        let done = self.work_off(snapshot, deed, known, journal).await;
+        let done = self.work_off(snapshot, deed, known, noted).await;
         let merged = deed.merges.iter().filter(|merge| deed.merged.contains(&merge.target));
         let replaced = merged.map(|merge| Replaced {
             target: merge.target.clone(),
@@ -287,11 +291,13 @@ impl Operation {
         snapshot: &ExistingSnapshot,
         deed: &mut Delete,
         known: BeforeForgetting,
-        journal: Option<&Arc<dyn Journal>>,
+        Noted { journal, synced }: Noted<'_>,
     ) -> Result<(), DriverError> {
         let step = |what: &str| journal.iter().for_each(|journal| journal.step(what));
         let images = self.held_images(snapshot, &record_of(snapshot));
-        self.forget_as_known(&snapshot.name, &images, true, known).await?;
+        // Inside images it is forgotten once more at no harm; what is merged or removed is not.
+        let (forgotten, synced) = tokio::join!(self.forget_as_known(&snapshot.name, &images, true, known), synced);
+        forgotten.and(synced)?;
         step("forgotten");
         for merge in deed.merges.clone() {
             self.merge(&merge, snapshot, deed, journal).await?;

@@ -35,6 +35,7 @@ impl Operation {
             name: request.name.clone(),
             resume,
             stay: request.stay_paused,
+            paused: request.stay_paused,
             images: images.clone(),
             copies: copies.iter().map(|(_, to)| to.clone()).collect(),
             done: None,
@@ -121,7 +122,7 @@ impl Operation {
         self.goes_to_its_end();
         let removed = self.forget_in_images(&note.name, &note.images, false).await;
         self.remove_files(note.copies.clone()).await;
-        let resumed = self.go_on(note.resume).await;
+        let resumed = self.go_on(note.resume && note.paused).await;
         removed.and(resumed)
     }
 

@@ -75,11 +75,19 @@ pub struct CreateInternal {
     /// They do not once it is complete.
     #[serde(default)]
     pub stay: bool,
+    /// virtd has them pause for it. Otherwise QEMU does that, and has them go on: whoever pauses the guest meanwhile means it.
+    #[serde(default = "yes")]
+    pub paused: bool,
     pub images: Vec<PathBuf>,
     /// Copies made beside.
     pub copies: Vec<PathBuf>,
     /// It is complete: what it came to.
     pub done: Option<Record>,
+}
+
+/// As earlier notes mean it that do not say it.
+fn yes() -> bool {
+    true
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

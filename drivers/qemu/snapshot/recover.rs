@@ -1,6 +1,7 @@
 //! An operation that was cut off: finished where images have changed for good, undone where nothing was lost by that.
 
 use super::Operation;
+use super::delete::Noted;
 use super::note::{CreateExternal, CreateInternal, Delete, Note, Revert};
 use super::note::{record_of, taken};
 use crate::qemu::block::Nodes;
@@ -39,7 +40,7 @@ impl Operation {
 
     async fn recover_internal(&self, note: CreateInternal) -> Result<Recovered, DriverError> {
         if let Some(record) = &note.done {
-            self.go_on(note.resume && !note.stay).await?;
+            self.go_on(note.resume && note.paused && !note.stay).await?;
             return Ok(Recovered::Created(Box::new(taken(record.clone(), None))));
         }
         self.undo_internal(&note).await?;
@@ -138,7 +139,7 @@ impl Operation {
     async fn recover_delete(&self, mut note: Delete) -> Result<Recovered, DriverError> {
         let snapshot = note.snapshot.clone().read()?;
         let known = self.before_forgetting(&self.held_images(&snapshot, &record_of(&snapshot))).await;
-        let carried_out = self.carry_out(&snapshot, &mut note, known, None).await;
+        let carried_out = self.carry_out(&snapshot, &mut note, known, Noted::before()).await;
         self.go_on(note.resume).await?;
         Ok(match carried_out {
             Ok(replaced) => Recovered::Deleted(replaced),
