@@ -210,9 +210,9 @@ async fn n5_what_cannot_be_is_refused_and_nothing_is_left() {
     let Some(daemon) = daemon().await else { return };
     let client = Client { connection: daemon.connect().await };
     refused(Network::from(&client, "DefineNetwork", "<network/>").await.map(|_| ()), "ConfigInvalid", "needs a name");
-    let vepa = "<network><name>v</name><forward mode='vepa' dev='eth0'/></network>";
+    let vepa = "<network><name>v</name><forward mode='vepa' dev='eth0'/><virtualport type='802.1Qbg'/></network>";
     let network = Network::from(&client, "DefineNetwork", vepa).await.expect("stored");
-    refused(network.does("Start", options([])).await, "ConfigUnsupported", "mode='vepa'");
+    refused(network.does("Start", options([])).await, "ConfigUnsupported", "virtualport");
     shown(&daemon, "ip", &["link", "add", "far", "type", "veth", "peer", "name", "near"]);
     shown(&daemon, "ip", &["address", "add", "10.77.0.129/25", "dev", "far"]);
     shown(&daemon, "ip", &["link", "set", "far", "up"]);
@@ -236,7 +236,7 @@ async fn n5_what_cannot_be_is_refused_and_nothing_is_left() {
     let other = vepa.replace("<name>v<", "<name>w<");
     let findings = client.call("/org/virt", "org.virt.Manager.Network.ValidateNetwork", &(other, options([]))).await;
     let findings: Vec<(String, u32, u32, String)> = findings.expect("validated").body().deserialize().expect("a list");
-    assert!(findings.len() == 1 && findings[0].3.contains("mode='vepa'"), "{findings:?}");
+    assert!(findings.len() == 1 && findings[0].3.contains("virtualport"), "{findings:?}");
 }
 
 #[tokio::test]
