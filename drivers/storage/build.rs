@@ -74,6 +74,11 @@ impl BuildSite {
         if !overwrite {
             match images()?.recognise(&file, &source)? {
                 Signs::Nothing => {}
+                Signs::Unknown => {
+                    return Err(DriverError::Refused(format!(
+                        "{shown}: something unknown is on it: say overwrite to replace that"
+                    )));
+                }
                 Signs::FileSystem(what) | Signs::Other(what) => {
                     return Err(DriverError::Refused(format!(
                         "{shown}: there is {what} on it: start the pool without building it, or say overwrite and lose that"

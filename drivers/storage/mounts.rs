@@ -256,10 +256,14 @@ impl Device {
             Signs::Nothing => {
                 Err(DriverError::Storage(format!("{path}: there is no file system on it; build the pool first")))
             }
-            Signs::FileSystem(what) | Signs::Other(what) => Err(DriverError::Storage(format!(
-                "{path}: there is {what} on it, and what is mounted here is {}",
-                FILE_SYSTEMS.join(", ")
-            ))),
+            signs => {
+                let what = match signs {
+                    Signs::FileSystem(what) | Signs::Other(what) => what,
+                    _ => "something unknown".to_owned(),
+                };
+                let known = FILE_SYSTEMS.join(", ");
+                Err(DriverError::Storage(format!("{path}: there is {what} on it, and what is mounted here is {known}")))
+            }
         }
     }
 
