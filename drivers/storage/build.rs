@@ -28,8 +28,8 @@ pub fn folder(path: &Path, def: &PoolDef, wary: bool) -> io::Result<()> {
     place.sync_folder()
 }
 
-/// Gives a new folder what its definition says of it.
-fn dress(folder: &Folder, def: &PoolDef) -> io::Result<()> {
+/// Gives a folder in which nothing is what its definition says of it.
+pub fn dress(folder: &Folder, def: &PoolDef) -> io::Result<()> {
     let wanted = def.target.as_ref().and_then(|target| target.permissions.as_ref());
     let mode = wanted.and_then(|wanted| wanted.mode).map_or(0o711, |mode| mode.0);
     if def.features.as_ref().and_then(|features| features.cow.as_ref()).and_then(|cow| cow.state) == Some(false) {

@@ -67,12 +67,27 @@ pub(crate) struct GuestDisk {
 pub(crate) struct Images {
     machines: Arc<dyn Machines>,
     seen: Arc<Seen>,
-    /// Files that are about to be written by what is under way, and by what.
-    taken: Mutex<Vec<(PathBuf, String)>>,
+    /// Files that are about to be written by what is under way.
+    taken: Mutex<Vec<TakenFile>>,
     /// Images that machines are about to have, and do not show yet.
     begun: Mutex<Vec<Arc<Begun>>>,
     /// What others than machines need of images.
     others: OnceLock<Box<dyn Fn() -> Vec<Chain> + Send + Sync>>,
+}
+
+/// A file that is taken.
+struct TakenFile {
+    file: PathBuf,
+    /// Other files that have bytes of it.
+    overlapping: Vec<PathBuf>,
+    whose: String,
+}
+
+impl TakenFile {
+    /// Whether who writes that file writes bytes of it.
+    fn has(&self, file: &Path, seen: &Seen) -> bool {
+        seen.same_place(&self.file, file) || self.overlapping.iter().any(|other| seen.same(other, file))
+    }
 }
 
 /// Images that a machine is about to have, and which machine.
@@ -94,7 +109,7 @@ impl Drop for Taken {
     fn drop(&mut self) {
         // By now it may be another file, or none.
         self.0.seen.forget(&self.1, self.2);
-        lock(&self.0.taken).retain(|(file, _)| *file != self.1);
+        lock(&self.0.taken).retain(|taken| taken.file != self.1);
     }
 }
 
@@ -120,13 +135,26 @@ impl Images {
     /// Takes a file, which need not be there, to write it: until the result is dropped `whose` is named to whoever else would take
     /// it, or start a machine on it. Error: whose it is already.
     pub async fn take(self: &Arc<Self>, file: &Path, whose: String) -> Result<Taken, String> {
+        self.take_device(file, Vec::new(), whose).await
+    }
+
+    /// The same of a device that has bytes in common with others: they are nobody else's, too, but for what has no byte of it.
+    pub async fn take_device(
+        self: &Arc<Self>,
+        file: &Path,
+        overlapping: Vec<PathBuf>,
+        whose: String,
+    ) -> Result<Taken, String> {
         let folder = file.parent().unwrap_or(file);
-        self.seen.look(&[file.to_owned(), folder.to_owned()]).await;
+        self.seen.look(&[&[file.to_owned(), folder.to_owned()], &*overlapping].concat()).await;
         let mut taken = lock(&self.taken);
-        if let Some((_, whose)) = taken.iter().find(|(other, _)| self.seen.same_place(other, file)) {
-            return Err(whose.clone());
+        let is_in_the_way = |other: &&TakenFile| {
+            other.has(file, &self.seen) || overlapping.iter().any(|one| self.seen.same(one, &other.file))
+        };
+        if let Some(other) = taken.iter().find(is_in_the_way) {
+            return Err(other.whose.clone());
         }
-        taken.push((file.to_owned(), whose));
+        taken.push(TakenFile { file: file.to_owned(), overlapping, whose });
         let number = self.seen.number_of(file);
         Ok(Taken(self.clone(), file.to_owned(), number))
     }
@@ -195,11 +223,17 @@ impl Images {
         users
     }
 
+    /// What to tell of a file that nobody needs but who has taken it.
+    fn taken_text(&self, file: &Path, users: &[String]) -> Option<String> {
+        let passes = users == self.takers_of(file);
+        passes.then(|| format!("{} has {}; try again when that has ended", users.join(", "), file.display()))
+    }
+
     /// Who has [taken](Images::take) a file, for people.
     fn takers_of(&self, file: &Path) -> Vec<String> {
         let taken = lock(&self.taken);
-        let these = taken.iter().filter(|(taken, _)| self.seen.same_place(taken, file));
-        these.map(|(_, whose)| whose.clone()).collect()
+        let these = taken.iter().filter(|taken| taken.has(file, &self.seen));
+        these.map(|taken| taken.whose.clone()).collect()
     }
 
     /// Refuses to change files that somebody needs as they are. `deed` begins the sentence: `cannot start domain 'web'`.
@@ -214,11 +248,10 @@ impl Images {
         match self.users_of(files, fate, except).await.into_iter().next() {
             None => Ok(()),
             Some((file, users)) => {
-                let passes = fate == Fate::Written && users == self.takers_of(&file);
-                let (file, users) = (file.display(), users.join(", "));
-                Err(Error::InUse(match passes {
-                    true => format!("{deed}: {users} has {file}; try again when that has ended"),
-                    false => format!("{deed}: {file} is what {users} stands on; {remedy}"),
+                let has = if fate == Fate::Written { self.taken_text(&file, &users) } else { None };
+                Err(Error::InUse(match has {
+                    Some(has) => format!("{deed}: {has}"),
+                    None => format!("{deed}: {} is what {} stands on; {remedy}", file.display(), users.join(", ")),
                 }))
             }
         }
@@ -454,8 +487,9 @@ impl Images {
         for def in defs {
             for disk in def.devices.disks.iter().filter(|disk| is_written(disk)) {
                 if let Some((path, users)) = disk.path().and_then(|path| Some((path, users.get(Path::new(path))?))) {
-                    let text =
-                        format!("{path} is what {} stands on, and cannot be written: {FROZEN}", users.join(", "));
+                    let text = self.taken_text(Path::new(path), users).unwrap_or_else(|| {
+                        format!("{path} is what {} stands on, and cannot be written: {FROZEN}", users.join(", "))
+                    });
                     findings.push((def, Finding::unsupported(&disk.at, text)));
                 }
             }
@@ -545,6 +579,30 @@ mod tests {
             assert!(images.who_stands_on(own, Fate::Removed).await.is_empty());
             assert!(images.who_stands_on(own, Fate::Written).await.is_empty());
         }
+    }
+
+    #[tokio::test]
+    async fn a_device_is_taken_with_what_has_bytes_of_it() {
+        let images = Images::of(Arc::new(Stored(Vec::new())));
+        let [disk, one, two] = ["/dev/xa", "/dev/xa1", "/dev/xa2"].map(PathBuf::from);
+        let take = async |file: &Path, others: &[&Path], whose: &str| {
+            let others = others.iter().map(|other| other.to_path_buf()).collect();
+            images.take_device(file, others, whose.to_owned()).await
+        };
+        let first = take(&one, &[&disk], "one").await.ok().unwrap();
+        let second = take(&two, &[&disk], "two").await.ok().unwrap();
+        assert_eq!(take(&disk, &[&one, &two], "disk").await.err().unwrap(), "one");
+        assert_eq!(take(&disk, &[], "copy").await.err().unwrap(), "one");
+        let users = images.users_of(&[disk.clone(), one.clone()], Fate::Written, None).await;
+        assert_eq!(
+            (&*users[&disk], &*users[&one]),
+            (&["one".to_owned(), "two".to_owned()][..], &["one".to_owned()][..])
+        );
+        drop((first, second));
+        let whole = take(&disk, &[&one, &two], "disk").await.ok().unwrap();
+        assert_eq!(take(&one, &[&disk], "one").await.err().unwrap(), "disk");
+        drop(whole);
+        assert!(images.users_of(&[one], Fate::Written, None).await.is_empty());
     }
 
     #[tokio::test]
