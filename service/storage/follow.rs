@@ -62,12 +62,13 @@ impl Pool {
         started
     }
 
-    /// It does not come up: what was done to the host for it is taken back.
+    /// It does not come up: what was done to the host for it is taken back. As long as that cannot be done it is inaccessible.
     async fn goes_down(self: &Arc<Self>, on: Occasion) {
         if let Some(open) = self.open()
             && let Err(error) = open.take_back().await
         {
             tracing::warn!(uuid = %self.uuid, %error, "a pool that was not started is not taken from the host");
+            return self.commit(Vec::new(), |state| state.phase = Phase::Inaccessible);
         }
         // One that was active is to be active again when what it lacks is there.
         if on == Occasion::Anew || !lock(&self.state).persistent {

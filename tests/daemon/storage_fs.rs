@@ -79,7 +79,7 @@ fn seen(daemon: &Daemon, path: &Path) -> PathBuf {
 fn mounts(daemon: &Daemon, name: &str) -> Vec<String> {
     let table = daemon.inside("cat").arg("/proc/self/mountinfo").output().expect("the table").stdout;
     let at = format!(" {} ", daemon.folder().join(name).display());
-    String::from_utf8(table).unwrap().lines().filter(|line| line.contains(&at)).map(str::to_owned).collect()
+    String::from_utf8_lossy(&table).lines().filter(|line| line.contains(&at)).map(str::to_owned).collect()
 }
 
 fn unmount(daemon: &Daemon, name: &str, lazily: bool) {
