@@ -43,8 +43,8 @@ pub const FORMATS: &[&str] = &["auto", "ext2", "ext3", "ext4", "xfs", "btrfs"];
 
 /// Where devices are.
 const DEV: &str = "/dev";
-/// What of a file system of a pool's has no meaning.
-const HELD: [&str; 3] = ["nosuid", "nodev", "noexec"];
+/// How each pool's file system is mounted: nothing on it is run, or is a device.
+const FLAGS: [&str; 3] = ["nosuid", "nodev", "noexec"];
 
 /// What is mounted where, for virtd.
 pub const TABLE: &str = "/proc/self/mountinfo";
@@ -382,7 +382,7 @@ impl Line {
     /// In what it is not as a pool's file system is mounted here.
     fn lacks(&self) -> Option<String> {
         let missing: Vec<&str> =
-            HELD.into_iter().filter(|flag| !self.options.split(',').any(|one| one == *flag)).collect();
+            FLAGS.into_iter().filter(|flag| !self.options.split(',').any(|one| one == *flag)).collect();
         match (self.root == Path::new("/"), &*missing) {
             (false, _) => Some(format!("from its folder {}, and not whole", self.root.display())),
             (true, []) => None,

@@ -6,11 +6,13 @@
 mod chain;
 mod overlays;
 mod seen;
+mod taken;
 
 pub(crate) use chain::{
     Chain, ChainKind, DiskImages, Fate, KeptChain, Shown, images_of, show_disk, show_snapshot, written_by, written_of,
 };
 pub(crate) use overlays::{Overlay, declare_in, overlays_of};
+pub(crate) use taken::Taken;
 
 use crate::error::{Error, Result};
 use crate::lock::lock;
@@ -23,6 +25,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
+use taken::TakenFile;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
@@ -75,21 +78,6 @@ pub(crate) struct Images {
     others: OnceLock<Box<dyn Fn() -> Vec<Chain> + Send + Sync>>,
 }
 
-/// A file that is taken.
-struct TakenFile {
-    file: PathBuf,
-    /// Other files that have bytes of it.
-    overlapping: Vec<PathBuf>,
-    whose: String,
-}
-
-impl TakenFile {
-    /// Whether who writes that file writes bytes of it.
-    fn has(&self, file: &Path, seen: &Seen) -> bool {
-        seen.same_place(&self.file, file) || self.overlapping.iter().any(|other| seen.same(other, file))
-    }
-}
-
 /// Images that a machine is about to have, and which machine.
 type Begun = (Vec<PathBuf>, String);
 
@@ -99,17 +87,6 @@ pub(crate) struct Begins(Arc<Images>, Arc<Begun>);
 impl Drop for Begins {
     fn drop(&mut self) {
         lock(&self.0.begun).retain(|begun| !Arc::ptr_eq(begun, &self.1));
-    }
-}
-
-/// A file that nobody else writes while this lives, and which it was.
-pub(crate) struct Taken(Arc<Images>, PathBuf, Option<FileNumber>);
-
-impl Drop for Taken {
-    fn drop(&mut self) {
-        // By now it may be another file, or none.
-        self.0.seen.forget(&self.1, self.2);
-        lock(&self.0.taken).retain(|taken| taken.file != self.1);
     }
 }
 
@@ -130,33 +107,6 @@ impl Images {
             "" => format!("{who} ({})", user.how),
             place => format!("{who} ({place}, {})", user.how),
         }
-    }
-
-    /// Takes a file, which need not be there, to write it: until the result is dropped `whose` is named to whoever else would take
-    /// it, or start a machine on it. Error: whose it is already.
-    pub async fn take(self: &Arc<Self>, file: &Path, whose: String) -> Result<Taken, String> {
-        self.take_device(file, Vec::new(), whose).await
-    }
-
-    /// The same of a device that has bytes in common with others: they are nobody else's, too, but for what has no byte of it.
-    pub async fn take_device(
-        self: &Arc<Self>,
-        file: &Path,
-        overlapping: Vec<PathBuf>,
-        whose: String,
-    ) -> Result<Taken, String> {
-        let folder = file.parent().unwrap_or(file);
-        self.seen.look(&[&[file.to_owned(), folder.to_owned()], &*overlapping].concat()).await;
-        let mut taken = lock(&self.taken);
-        let is_in_the_way = |other: &&TakenFile| {
-            other.has(file, &self.seen) || overlapping.iter().any(|one| self.seen.same(one, &other.file))
-        };
-        if let Some(other) = taken.iter().find(is_in_the_way) {
-            return Err(other.whose.clone());
-        }
-        taken.push(TakenFile { file: file.to_owned(), overlapping, whose });
-        let number = self.seen.number_of(file);
-        Ok(Taken(self.clone(), file.to_owned(), number))
     }
 
     /// From now on these chains, which are no machines', are asked for, too. To be called once.
@@ -221,19 +171,6 @@ impl Images {
             }
         }
         users
-    }
-
-    /// What to tell of a file that nobody needs but who has taken it.
-    fn taken_text(&self, file: &Path, users: &[String]) -> Option<String> {
-        let passes = users == self.takers_of(file);
-        passes.then(|| format!("{} has {}; try again when that has ended", users.join(", "), file.display()))
-    }
-
-    /// Who has [taken](Images::take) a file, for people.
-    fn takers_of(&self, file: &Path) -> Vec<String> {
-        let taken = lock(&self.taken);
-        let these = taken.iter().filter(|taken| taken.has(file, &self.seen));
-        these.map(|taken| taken.whose.clone()).collect()
     }
 
     /// Refuses to change files that somebody needs as they are. `deed` begins the sentence: `cannot start domain 'web'`.
