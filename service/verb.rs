@@ -307,7 +307,7 @@ verbs! {
         LIST_POOLS = "ListStoragePools", None, Always, "list pools";
         VALIDATE_POOL = "ValidateStoragePool", Some(StorageRead), Always, "validate";
         POOL_CAPABILITIES = "GetPoolCapabilities", None, Always, "get capabilities of pools";
-        FIND_SOURCES = "FindSources", Some(StorageRead), Always, "find sources of pools";
+        FIND_SOURCES = "FindSources", Some(StorageDefine), Always, "find sources of pools";
         GET_VOLUME_BY_PATH = "GetVolumeByPath", None, Always, "get";
         GET_VOLUME_BY_KEY = "GetVolumeByKey", None, Always, "get";
         GET_QUOTA = "GetQuota", Some(StorageRead), Always, "get the quota of";

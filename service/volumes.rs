@@ -38,6 +38,10 @@ pub(crate) trait VolumeKeeper: Send + Sync {
     /// Starts a pool that is inactive, for a caller who may.
     fn start(&self, caller: Caller, pool: String) -> Answer<'_>;
 
+    /// Refuses a file that is to be made below the folder of a pool that is lost: what is there now is no folder of the pool's.
+    /// Error: `OperationInvalid`.
+    fn refuse_lost(&self, file: &Path) -> Result<()>;
+
     /// Does `work`, which gives a file a capacity of so many bytes, as `by` has asked: if it is a volume's, what that is more is
     /// taken before of what its owner may have, and it is looked at afterwards. Errors: `LimitsExceeded`, or that of the work.
     fn resizes<'a>(&'a self, file: PathBuf, by: u32, capacity: u64, work: Answer<'a>) -> Answer<'a>;
@@ -123,6 +127,11 @@ impl Volumes {
     pub fn stand_on(&self, moved: &[(PathBuf, Option<PathBuf>)]) -> Result<()> {
         let Some(keeper) = self.0.get() else { return Ok(()) };
         moved.iter().try_for_each(|(file, base)| keeper.stands_on(file, base.as_deref()))
+    }
+
+    /// See [`VolumeKeeper::refuse_lost`].
+    pub fn refuse_lost(&self, file: &Path) -> Result<()> {
+        self.0.get().map_or(Ok(()), |keeper| keeper.refuse_lost(file))
     }
 
     /// See [`VolumeKeeper::resizes`].

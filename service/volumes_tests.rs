@@ -31,6 +31,10 @@ impl VolumeKeeper for Fake {
         Ok(images)
     }
 
+    fn refuse_lost(&self, _: &Path) -> Result<()> {
+        Ok(())
+    }
+
     fn start(&self, _: Caller, _: String) -> Answer<'_> {
         Box::pin(async { Ok(()) })
     }

@@ -2,8 +2,9 @@
 
 use super::apart;
 use super::image::{failure, not_run};
-use super::tool::{Bounds, finish, tame};
+use super::tool::{Bounds, ends_with_its_maker, finish, tame};
 use super::workers::Stop;
+use rustix::process::Signal;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use virt_model::driver::DriverError;
@@ -30,6 +31,8 @@ pub fn make_file_system(kind: &str, device: &Path, stop: &Stop) -> Result<(), Dr
     command.args(["-q", over]).arg(device).env("LC_ALL", "C");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     tame(&mut command, None, BOUNDS);
+    // Nobody would know that the device is written still.
+    ends_with_its_maker(&mut command, Signal::KILL);
     let missing = format!("{tool} is not installed (Debian has it in {package})");
     let done = apart::without(|| finish(&mut command, stop, true)).map_err(|e| not_run(tool, &missing, e))?;
     let words = String::from_utf8_lossy(&done.stderr);

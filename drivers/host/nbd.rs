@@ -13,7 +13,7 @@ use super::image::{BOUNDS, Images, failure, node, not_run};
 use super::listen::listen;
 use super::process;
 use super::ready::ready_by;
-use super::tool::Bounds;
+use super::tool::{Bounds, ends_with_its_maker};
 use super::workers::PATIENCE;
 use rustix::net::{RecvFlags, recv};
 use rustix::process::{Signal, pidfd_send_signal};
@@ -22,7 +22,6 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -68,7 +67,7 @@ impl Export {
         command.args(self.arguments()).env("LC_ALL", "C");
         command.stdin(Stdio::from(listener)).stdout(Stdio::null()).stderr(Stdio::from(says));
         let behind = self.images.confine(&mut command, SERVER).map_err(failed)?;
-        ends_with_its_maker(&mut command);
+        ends_with_its_maker(&mut command, Signal::TERM);
         let start = |command: &mut Command| behind.enter().and_then(|()| start(command));
         // What it was given is closed here when it runs: nobody else is to have the server's ends.
         let served = apart::made(command, start, |pid| {
@@ -122,23 +121,6 @@ fn connect(place: &Path) -> io::Result<(OwnedFd, Connected)> {
     remove()?;
     let [client, watch] = <[OwnedFd; 2]>::try_from(connected?).map_err(|_| io::ErrorKind::NotConnected)?;
     Ok((listener, Connected { client, watch }))
-}
-
-/// The program is told to end when the thread that made it ends.
-fn ends_with_its_maker(command: &mut Command) {
-    let maker = std::process::id();
-    // SAFETY: between fork and exec only system calls are made.
-    unsafe {
-        command.pre_exec(move || {
-            // In that order: its writes are flushed.
-            let told = libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM as libc::c_ulong, 0, 0, 0);
-            match told {
-                0 if libc::getppid().cast_unsigned() == maker => Ok(()),
-                0 => Err(io::Error::from_raw_os_error(libc::ECHILD)),
-                _ => Err(io::Error::last_os_error()),
-            }
-        });
-    }
 }
 
 #[allow(clippy::disallowed_methods, reason = "without guests' files")]

@@ -1,8 +1,10 @@
 //! What is on a device: libblkid says it, as a tool without rights, of a copy of those bytes in which it looks.
 
 use super::apart;
+use super::behind::Behind;
 use super::image::{Images, not_run};
-use super::tool::{Bounds, finish};
+use super::tool::{Bounds, Rights, finish, tame};
+use super::wall::Wall;
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -16,7 +18,9 @@ const EDGE: u64 = 4 << 20;
 /// So much is copied at once.
 const PIECE: u64 = 1 << 20;
 const BOUNDS: Bounds = Bounds { data: Some(256 << 20), cpu: Some(10), files: Some(64) };
-/// How the tool ends when it has recognised nothing.
+/// The user and the group that have nothing.
+const NOBODY: u32 = 65534;
+/// How the tool ends when it has recognised nothing, and, with words of why, when it could not look.
 const NOTHING: i32 = 2;
 /// How it ends when it has recognised several things that exclude each other.
 const SEVERAL: i32 = 8;
@@ -24,8 +28,10 @@ const SEVERAL: i32 = 8;
 /// What is on a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Signs {
-    /// Nothing that anybody knows.
+    /// Nothing: its edges are blank.
     Nothing,
+    /// Something that nobody knows: of some things only what is between the edges says what they are.
+    Unknown,
     /// A file system of that type.
     FileSystem(String),
     /// Something else, called so for people.
@@ -36,44 +42,58 @@ impl Images {
     /// What is on a device that is open, and called `path`. Nothing is written. Blocks.
     pub fn recognise(&self, device: &File, path: &Path) -> Result<Signs, DriverError> {
         let failed = |e: io::Error| DriverError::Storage(format!("cannot read {}: {e}", path.display()));
-        let edges = edges(device).map_err(failed)?;
+        let (edges, are_blank) = edges(device).map_err(failed)?;
         self.stop.check()?;
         let mut command = Command::new("blkid");
         // What it was told before is in a file of the host's, and is not asked.
         command.args(["-p", "-c", "/dev/null", "-o", "export", "/proc/self/fd/0"]).env("LC_ALL", "C");
         command.stdin(Stdio::from(edges)).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let done = self.confine(&mut command, BOUNDS).and_then(|behind| {
+        let done = self.confine_reader(&mut command).and_then(|behind| {
             let done = apart::without(|| behind.enter().and_then(|()| finish(&mut command, &self.stop, false)));
             done.map_err(|e| behind.why(e))
         });
         let done = done.map_err(|e| not_run("blkid", "blkid is not installed (Debian has it in util-linux)", e))?;
+        let words = String::from_utf8_lossy(&done.stderr);
         match done.status.code() {
             Some(0) => Ok(signs(&String::from_utf8_lossy(&done.stdout))),
-            Some(NOTHING) => Ok(Signs::Nothing),
+            Some(NOTHING) if words.trim().is_empty() => Ok(if are_blank { Signs::Nothing } else { Signs::Unknown }),
             Some(SEVERAL) => Ok(Signs::Other("more than one thing".to_owned())),
-            _ => Err(failed(io::Error::other(String::from_utf8_lossy(&done.stderr).trim().to_owned()))),
+            _ => Err(failed(io::Error::other(words.trim().to_owned()))),
+        }
+    }
+
+    /// Has the tool run as nobody where tools would have root's rights: behind the wall that it makes itself then it does not find
+    /// what it is to read, and says that that is nothing.
+    fn confine_reader(&self, command: &mut Command) -> io::Result<Behind> {
+        match self.lender.user() {
+            None if rustix::process::geteuid().is_root() => {
+                tame(command, Some(Rights::of_group(NOBODY, NOBODY)), BOUNDS);
+                Ok(Behind::ByThread(Wall::default()))
+            }
+            _ => self.confine(command, BOUNDS),
         }
     }
 }
 
-/// A file in memory that is as long as the device, and holds what is at its edges.
-fn edges(mut device: &File) -> io::Result<File> {
+/// A file in memory that is as long as the device, and holds what is at its edges; and whether that is nothing.
+fn edges(mut device: &File) -> io::Result<(File, bool)> {
     let length = device.seek(SeekFrom::End(0))?;
     let copy = File::from(memfd_create("edges", MemfdFlags::CLOEXEC)?);
     copy.set_len(length)?;
     let begins = EDGE.min(length);
-    let mut piece = vec![0; PIECE as usize];
+    let (mut piece, mut are_blank) = (vec![0; PIECE as usize], true);
     for (from, to) in [(0, begins), (length.saturating_sub(EDGE).max(begins), length)] {
         for at in (from..to).step_by(PIECE as usize) {
             let piece = &mut piece[..(to - at).min(PIECE) as usize];
             device.read_exact_at(piece, at)?;
             // What holds nothing takes no memory.
             if piece.iter().any(|byte| *byte != 0) {
+                are_blank = false;
                 copy.write_all_at(piece, at)?;
             }
         }
     }
-    Ok(copy)
+    Ok((copy, are_blank))
 }
 
 /// What the tool's words say, each a name and a value.
@@ -101,7 +121,7 @@ mod tests {
         let images = Images::new(Lender::Ours, Uuid::nil(), None);
         let of = |fill: &dyn Fn(&File)| {
             let file = tempfile::tempfile().unwrap();
-            file.set_len(16 << 20).unwrap();
+            file.set_len(4 << 30).unwrap();
             fill(&file);
             images.recognise(&file, Path::new("/dev/x")).unwrap()
         };
@@ -119,6 +139,17 @@ mod tests {
             file.write_all_at(&[0x55, 0xaa], 510).unwrap();
         });
         assert_eq!(table, Signs::Other("a partition table (dos)".to_owned()));
+        // What it is says a table of its own, which is behind 3 GiB there: 8 sectors to a cluster, and the cluster of that table.
+        let ntfs = of(&|file| {
+            file.write_all_at(b"\xeb\x52\x90NTFS    \0\x02\x08", 0).unwrap();
+            file.write_all_at(&[0xf8], 21).unwrap();
+            file.write_all_at(&(8_u64 << 20).to_le_bytes(), 40).unwrap();
+            file.write_all_at(&786_432_u64.to_le_bytes(), 48).unwrap();
+            file.write_all_at(&[0xf6], 64).unwrap();
+            file.write_all_at(&[0x55, 0xaa], 510).unwrap();
+        });
+        assert_ne!(ntfs, Signs::Nothing);
+        assert_eq!(of(&|file| file.write_all_at(b"x", (4 << 30) - 1).unwrap()), Signs::Unknown);
     }
 
     #[test]

@@ -77,6 +77,22 @@ pub fn tame(command: &mut Command, rights: Option<Rights>, bounds: Bounds) {
     }
 }
 
+/// The program is told so when the thread that made it ends, be it with all of virtd.
+pub(super) fn ends_with_its_maker(command: &mut Command, signal: Signal) {
+    let (maker, signal) = (std::process::id(), signal.as_raw() as libc::c_ulong);
+    // SAFETY: between fork and exec only system calls are made.
+    unsafe {
+        command.pre_exec(move || {
+            // In that order: one whose maker has ended before is not started.
+            done(libc::prctl(libc::PR_SET_PDEATHSIG, signal, 0, 0, 0))?;
+            match libc::getppid().cast_unsigned() == maker {
+                true => Ok(()),
+                false => Err(io::Error::from_raw_os_error(libc::ECHILD)),
+            }
+        });
+    }
+}
+
 /// Sets a limit, to no more than we may have ourselves. System calls only.
 pub(super) fn limit(which: libc::__rlimit_resource_t, to: Option<u64>) -> io::Result<()> {
     let Some(to) = to else { return Ok(()) };

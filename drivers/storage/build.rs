@@ -28,8 +28,8 @@ pub fn folder(path: &Path, def: &PoolDef, wary: bool) -> io::Result<()> {
     place.sync_folder()
 }
 
-/// Gives a new folder what its definition says of it.
-fn dress(folder: &Folder, def: &PoolDef) -> io::Result<()> {
+/// Gives a folder in which nothing is what its definition says of it.
+pub fn dress(folder: &Folder, def: &PoolDef) -> io::Result<()> {
     let wanted = def.target.as_ref().and_then(|target| target.permissions.as_ref());
     let mode = wanted.and_then(|wanted| wanted.mode).map_or(0o711, |mode| mode.0);
     if def.features.as_ref().and_then(|features| features.cow.as_ref()).and_then(|cow| cow.state) == Some(false) {
@@ -74,6 +74,11 @@ impl BuildSite {
         if !overwrite {
             match images()?.recognise(&file, &source)? {
                 Signs::Nothing => {}
+                Signs::Unknown => {
+                    return Err(DriverError::Refused(format!(
+                        "{shown}: something unknown is on it: say overwrite to replace that"
+                    )));
+                }
                 Signs::FileSystem(what) | Signs::Other(what) => {
                     return Err(DriverError::Refused(format!(
                         "{shown}: there is {what} on it: start the pool without building it, or say overwrite and lose that"

@@ -56,11 +56,24 @@ impl PoolFolder {
 
     /// Whether the path still leads to it.
     pub fn is_there(&self, path: &Path) -> io::Result<()> {
-        let (ours, there) = (fstat(&self.0)?, Found::resolve(path)?.stat);
-        match (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino) {
+        match self.is(&Found::resolve(path)?)? {
             true => Ok(()),
             false => Err(io::Error::other("another folder has its name by now: stop the pool, and start it again")),
         }
+    }
+
+    /// The same where that is no error. Error: that cannot be told.
+    pub fn has_path(&self, path: &Path) -> io::Result<bool> {
+        match Found::resolve(path) {
+            Ok(found) => self.is(&found),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn is(&self, found: &Found) -> io::Result<bool> {
+        let ours = fstat(&self.0)?;
+        Ok((ours.st_dev, ours.st_ino) == (found.stat.st_dev, found.stat.st_ino))
     }
 
     /// The names in it that a volume could have, and how many nobody could write.

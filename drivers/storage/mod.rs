@@ -43,6 +43,7 @@ use folder::PoolFolder;
 use held::{Held, HeldFolder};
 use mounts::Fresh;
 use pool::FolderPool;
+use sources::Search;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -69,13 +70,14 @@ pub struct HostStorage {
     /// We act for others: who could have put a link somewhere counts.
     wary: bool,
     held: Held,
+    search: Search,
 }
 
 impl HostStorage {
     /// Whose tools run by those rights; `runtime`: a folder of ours, for what ends with us; `wary`: for others than us.
     pub fn new(rights: ToolRights, secrets: Secrets, runtime: &Path, wary: bool) -> HostStorage {
         let (workers, held, runtime) = (Workers::default(), Held::default(), runtime.to_owned());
-        HostStorage { workers, rights, secrets, runtime, wary, held }
+        HostStorage { workers, rights, secrets, runtime, wary, held, search: Search::default() }
     }
 
     fn errand(def: &PoolDef, work: &dyn Work) -> Errand {
@@ -158,6 +160,7 @@ impl Storage for HostStorage {
     async fn open(&self, def: &PoolDef, work: &dyn Work) -> Result<Arc<dyn OpenPool>, DriverError> {
         self.check(def)?;
         let (path, wary, errand, def) = (path_of(def), self.wary, HostStorage::errand(def, work), def.clone());
+        let errand = if def.kind == PoolKind::Fs { Errand { limit: mounts::PATIENCE, ..errand } } else { errand };
         let (held, rights, pool) = (self.held.clone(), self.rights.clone(), def.uuid);
         let (workers, secrets, runtime) = (self.workers.clone(), self.secrets.clone(), self.runtime.clone());
         work.step();
@@ -178,13 +181,28 @@ impl Storage for HostStorage {
             let features = if fill::shares_blocks(&folder) { SHARING } else { FEATURES };
             // What comes too late is taken away again.
             stop.check()?;
-            fresh.keep();
+            let made_mount = fresh.keep();
             let real = folder.real().to_owned();
             let folder = HeldFolder::new(held, (pool, &def.name), folder);
-            Ok(FolderPool { pool, path, real, folder, device, features, workers, rights, secrets, runtime })
+            Ok(FolderPool { pool, path, real, folder, device, made_mount, features, workers, rights, secrets, runtime })
         };
         let workers = self.workers.clone();
         Ok(Arc::new(workers.run(errand, open).await?))
+    }
+
+    async fn close(&self, def: &PoolDef) -> Result<(), DriverError> {
+        if def.mounted_device().is_none() {
+            return Ok(());
+        }
+        let (path, def) = (path_of(def), def.clone());
+        let errand = Errand { limit: mounts::PATIENCE, ..Errand::new(def.uuid, path.display().to_string()) };
+        self.workers.run(errand, move |stop| mounts::release_of((&path, &def), stop)).await
+    }
+
+    async fn overlapping(&self, def: &PoolDef) -> Result<Vec<PathBuf>, DriverError> {
+        let Some(device) = def.mounted_device().map(PathBuf::from) else { return Ok(Vec::new()) };
+        let look = move |_: &Arc<Stop>| sources::overlapping(&device).map_err(|e| failed("look at", &device, &e));
+        self.workers.run(Errand::new(def.uuid, def.mounted_device().unwrap_or_default()), look).await
     }
 }
 

@@ -6,6 +6,7 @@
 //!  the folder ─▶ which mount it is in ─▶ the kernel's table says of which device, or that it is nowhere any more
 //! ```
 
+use super::build::dress;
 use super::folder::PoolFolder;
 use super::held::HeldFolder;
 use super::watch::Mounts;
@@ -18,13 +19,14 @@ use crate::host::recognise::Signs;
 use crate::host::resolve::{Found, Place};
 use crate::host::wall::{Hold, file_system, put};
 use crate::host::workers::{Errand, Stop, Workers};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags, openat, statx};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, StatxFlags, fstat, open, openat, openat2, statx};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -39,13 +41,22 @@ pub const FILE_SYSTEMS: &[&str] = &["ext2", "ext3", "ext4", "xfs", "btrfs"];
 /// The formats that a pool's source can have: what is on the device, or one of these.
 pub const FORMATS: &[&str] = &["auto", "ext2", "ext3", "ext4", "xfs", "btrfs"];
 
+/// Where devices are.
+const DEV: &str = "/dev";
+/// How each pool's file system is mounted: nothing on it is run, or is a device.
+const FLAGS: [&str; 3] = ["nosuid", "nodev", "noexec"];
+
 /// What is mounted where, for virtd.
 pub const TABLE: &str = "/proc/self/mountinfo";
 
+/// How long a file system may take to be mounted or unmounted: it reads what it finds itself by, and writes what is not on disk yet.
+pub const PATIENCE: Duration = Duration::from_secs(600);
 /// How long an unmount waits for those who look into the file system for a moment.
 const BUSY: Duration = Duration::from_secs(5);
 /// How often it tries meanwhile.
 const AGAIN: Duration = Duration::from_millis(50);
+/// How long at most who could not look waits for another look.
+const MOST_PAUSE: Duration = Duration::from_secs(60);
 
 /// A block device that is there, and is not opened.
 #[derive(Debug)]
@@ -56,8 +67,10 @@ pub struct Device {
 /// What is mounted where a pool is to be.
 #[derive(Debug, PartialEq, Eq)]
 enum OnFolder {
-    /// The file system on its device.
+    /// The file system on its device, as it is mounted here.
     PoolsOwn,
+    /// That file system, mounted otherwise, and how.
+    Unfit(String),
     /// Nothing: it is a folder of another file system.
     Nothing,
     /// Something else, which is called so.
@@ -69,8 +82,12 @@ enum OnFolder {
 struct Line {
     id: u64,
     device: (u32, u32),
+    /// Which folder of the file system it is.
+    root: PathBuf,
     at: PathBuf,
-    source: String,
+    options: String,
+    /// Where the file system comes from, in words that who mounts it chooses.
+    source: PathBuf,
 }
 
 /// A mount that was made here: dropped before it is kept, it is taken away again.
@@ -78,9 +95,9 @@ struct Line {
 pub struct Fresh(Option<PathBuf>);
 
 impl Fresh {
-    /// The mount stays.
-    pub fn keep(mut self) {
-        self.0 = None;
+    /// The mount stays; whether it was made here.
+    pub fn keep(mut self) -> bool {
+        self.0.take().is_some()
     }
 }
 
@@ -127,6 +144,7 @@ pub fn mounted(
     let folder = opened(path, true)?;
     match device.mounted_on(&folder).map_err(|e| failed("look at", path, &e))? {
         OnFolder::PoolsOwn => return Ok((folder, Arc::new(device), Fresh::default())),
+        OnFolder::Unfit(how) => return Err(unfit(path, &source, &how)),
         OnFolder::Other(what) => {
             let path = path.display();
             let text = format!("{path}: {what} is mounted there: unmount that, or give the pool another folder");
@@ -141,7 +159,15 @@ pub fn mounted(
     let cannot = |e: &io::Error| {
         DriverError::Storage(format!("cannot mount {} as {kind} on {}: {e}", source.display(), path.display()))
     };
-    device.mount(&kind).and_then(|mount| put(&mount, &folder)).map_err(|e| cannot(&e))?;
+    let mount = device.mount(&kind).map_err(|e| cannot(&e))?;
+    // Who made it may have been killed before it was given these.
+    if is_blank(&mount).map_err(|e| cannot(&e))? {
+        let root = mount.try_clone().and_then(|mount| Found::of(mount, device.real().to_owned())?.folder());
+        let dressed = root.and_then(|root| dress(&root, def));
+        dressed.map_err(|e| failed("set the owner and mode of what is on", &source, &e))?;
+    }
+    put(&mount, &folder).map_err(|e| cannot(&e))?;
+    drop(mount);
     let fresh = Fresh(Some(folder.real().to_owned()));
     drop(folder);
     let folder = opened(path, true)?;
@@ -151,10 +177,13 @@ pub fn mounted(
     }
 }
 
-/// Unmounts what a pool has on its folder. What is not there any more is fine. Blocks. Error: it is there, and the pool has it.
+/// Unmounts what a pool has on its folder. What is not there any more is fine. Blocks. Error: it is there, or that cannot be told,
+/// and the pool has it.
 pub fn close(device: &Device, hold: &HeldFolder, path: &Path, stop: &Stop) -> Result<(), DriverError> {
-    let Some(folder) = hold.peek() else { return Ok(()) };
-    let real = device.is_at(&folder, path).then(|| folder.real().to_owned());
+    // One that came back late, or failed, may have left what was not found again.
+    let Some(folder) = hold.peek() else { return release(device, path, stop) };
+    let is_there = device.is_at(&folder, path).map_err(|e| failed("look at", path, &e))?;
+    let real = is_there.then(|| folder.real().to_owned());
     drop(folder);
     hold.let_go();
     let Some(real) = real else { return Ok(()) };
@@ -162,6 +191,47 @@ pub fn close(device: &Device, hold: &HeldFolder, path: &Path, stop: &Stop) -> Re
         let again = opened(path, true).and_then(|folder| hold.take_again(folder, path));
         again.unwrap_or_else(|error| tracing::warn!("{} is not unmounted, and lost: {error}", path.display()));
     })
+}
+
+/// Unmounts what somebody mounted of that device on that folder for a pool, of which nothing is held. Blocks.
+fn release(device: &Device, path: &Path, stop: &Stop) -> Result<(), DriverError> {
+    match Found::resolve(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        _ => {}
+    }
+    let folder = opened(path, true)?;
+    let (found, real) = (device.mounted_on(&folder), folder.real().to_owned());
+    drop(folder);
+    match found.map_err(|e| failed("look at", path, &e))? {
+        OnFolder::PoolsOwn => take_away_in_time(&real, stop),
+        OnFolder::Unfit(how) => Err(unfit(path, device.real(), &how)),
+        OnFolder::Nothing | OnFolder::Other(_) => Ok(()),
+    }
+}
+
+/// The same for a pool that was not opened since virtd began.
+pub fn release_of((path, def): (&Path, &PoolDef), stop: &Stop) -> Result<(), DriverError> {
+    let source = PathBuf::from(def.mounted_device().unwrap_or_default());
+    match Device::at(&source) {
+        Ok(device) => release(&device, path, stop),
+        // Of a device that has gone nothing is known but what was said when it was mounted.
+        Err(error) => {
+            let table = table().map_err(|e| failed("look at", path, &e))?;
+            match lines(&table).any(|line| line.at == path && line.source == source) {
+                false => Ok(()),
+                true => Err(DriverError::Refused(format!(
+                    "{}: it is mounted, and its device {} cannot be looked at ({error}): unmount it",
+                    path.display(),
+                    source.display()
+                ))),
+            }
+        }
+    }
+}
+
+fn unfit(path: &Path, source: &Path, how: &str) -> DriverError {
+    let (path, source) = (path.display(), source.display());
+    DriverError::Refused(format!("{path}: {source} is mounted there {how}: unmount that, and start the pool"))
 }
 
 /// Tells that a pool is lost as soon as its file system is not mounted any more, until nobody listens.
@@ -174,16 +244,23 @@ pub async fn tell_lost(
     path: PathBuf,
     hold: HeldFolder,
 ) {
+    let mut pause = AGAIN;
     loop {
         let (device, path, hold) = (device.clone(), path.clone(), hold.clone());
-        let look = move |_: &Arc<Stop>| Ok(hold.peek().is_none_or(|folder| device.is_at(&folder, &path)));
-        // One that does not answer is not known to be elsewhere.
-        if !workers.run(errand.clone(), look).await.unwrap_or(true) {
+        let look = move |_: &Arc<Stop>| {
+            let is_at = hold.peek().map_or(Ok(true), |folder| device.is_at(&folder, &path));
+            is_at.map_err(|e| failed("look at", &path, &e))
+        };
+        let looked = workers.run(errand.clone(), look).await;
+        if let Ok(false) = looked {
             let _ = tell.send(PoolChange::Lost).await;
             return;
         }
+        // One that does not answer is not known to be elsewhere, and nobody tells when it answers.
+        pause = if looked.is_ok() { AGAIN } else { (pause * 2).min(MOST_PAUSE) };
         tokio::select! {
             changed = mounts.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(pause), if looked.is_err() => {}
             () = tell.closed() => return,
         }
     }
@@ -215,8 +292,7 @@ impl Device {
 
     /// Whether it is mounted where virtd is.
     pub fn is_mounted(&self) -> io::Result<bool> {
-        let table = fs::read_to_string(TABLE)?;
-        Ok(table.lines().filter_map(read).any(|line| self.is_of(&line)))
+        Ok(lines(&table()?).any(|line| self.is_of(&line)))
     }
 
     /// Opens it to be read, while the host does not use it. Error: `EBUSY`, if it is mounted or part of something.
@@ -243,7 +319,15 @@ impl Device {
     fn mount(&self, kind: &str) -> io::Result<OwnedFd> {
         let source = self.found.real.to_string_lossy();
         let hold = Hold { no_devices: true, no_programs: true, read_only: false };
-        file_system(kind, &[("source", &source)], hold)
+        let how = match kind {
+            // What is on the device may say that the host is to panic when it is found to be wrong.
+            "ext2" | "ext3" | "ext4" => Some(("errors", "remount-ro")),
+            // Whatever part of it is shown where nobody says which.
+            "btrfs" => Some(("subvolid", "5")),
+            _ => None,
+        };
+        let parameters: Vec<_> = [("source", &*source)].into_iter().chain(how).collect();
+        file_system(kind, &parameters, hold)
     }
 
     /// What type of file system is on it. Error: none, or none that is mounted here.
@@ -256,35 +340,77 @@ impl Device {
             Signs::Nothing => {
                 Err(DriverError::Storage(format!("{path}: there is no file system on it; build the pool first")))
             }
-            Signs::FileSystem(what) | Signs::Other(what) => Err(DriverError::Storage(format!(
-                "{path}: there is {what} on it, and what is mounted here is {}",
-                FILE_SYSTEMS.join(", ")
-            ))),
+            signs => {
+                let what = match signs {
+                    Signs::FileSystem(what) | Signs::Other(what) => what,
+                    _ => "something unknown".to_owned(),
+                };
+                let known = FILE_SYSTEMS.join(", ");
+                Err(DriverError::Storage(format!("{path}: there is {what} on it, and what is mounted here is {known}")))
+            }
         }
     }
 
-    /// Whether its file system is what that path leads to, as a folder of it that is held. Where that cannot be told it is not.
-    fn is_at(&self, folder: &PoolFolder, path: &Path) -> bool {
-        folder.is_there(path).is_ok() && self.mounted_on(folder).is_ok_and(|found| found == OnFolder::PoolsOwn)
+    /// Whether its file system is what that path leads to, as a folder of it that is held. Error: that cannot be told.
+    fn is_at(&self, folder: &PoolFolder, path: &Path) -> io::Result<bool> {
+        Ok(folder.has_path(path)? && matches!(self.mounted_on(folder)?, OnFolder::PoolsOwn | OnFolder::Unfit(_)))
     }
 
     /// What is mounted where that folder is.
     fn mounted_on(&self, folder: &PoolFolder) -> io::Result<OnFolder> {
         let id = statx(folder, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id;
-        let table = fs::read_to_string(TABLE)?;
         // A mount that is not in the table was unmounted, and is held still.
-        let line = table.lines().filter_map(read).find(|line| line.id == id && line.at == folder.real());
-        let Some(line) = line else { return Ok(OnFolder::Nothing) };
-        Ok(if self.is_of(&line) { OnFolder::PoolsOwn } else { OnFolder::Other(line.source) })
+        let Some(line) = lines(&table()?).find(|line| line.id == id && line.at == folder.real()) else {
+            return Ok(OnFolder::Nothing);
+        };
+        Ok(match (self.is_of(&line), line.lacks()) {
+            (true, None) => OnFolder::PoolsOwn,
+            (true, Some(how)) => OnFolder::Unfit(how),
+            (false, _) => OnFolder::Other(line.source.display().to_string()),
+        })
     }
 
     /// Whether a line of the table is of the file system on it.
     fn is_of(&self, line: &Line) -> bool {
         let (major, minor) = line.device;
         // Some file systems have a number of their own for each part, and say from which device they come.
-        rustix::fs::makedev(major, minor) == self.number()
-            || fs::metadata(&line.source).is_ok_and(|source| source.rdev() == self.number())
+        rustix::fs::makedev(major, minor) == self.number() || number_below_dev(&line.source) == Some(self.number())
     }
+}
+
+impl Line {
+    /// In what it is not as a pool's file system is mounted here.
+    fn lacks(&self) -> Option<String> {
+        let missing: Vec<&str> =
+            FLAGS.into_iter().filter(|flag| !self.options.split(',').any(|one| one == *flag)).collect();
+        match (self.root == Path::new("/"), &*missing) {
+            (false, _) => Some(format!("from its folder {}, and not whole", self.root.display())),
+            (true, []) => None,
+            (true, missing) => Some(format!("without {}", missing.join(", "))),
+        }
+    }
+}
+
+/// The number of the device that somebody's words name. They are not followed out of /dev, to where somebody lets everybody wait.
+fn number_below_dev(source: &Path) -> Option<u64> {
+    let below = source.strip_prefix(DEV).ok()?;
+    let (flags, mode) = (OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    let dev = open(DEV, flags | OFlags::DIRECTORY, mode).ok()?;
+    let within = ResolveFlags::BENEATH | ResolveFlags::NO_XDEV | ResolveFlags::NO_MAGICLINKS;
+    let found = openat2(&dev, below, flags, mode, within).ok()?;
+    let found = fstat(found).ok()?;
+    (FileType::from_raw_mode(found.st_mode) == FileType::BlockDevice).then_some(found.st_rdev)
+}
+
+/// Whether a file system holds nothing but what is made with it.
+fn is_blank(mount: &OwnedFd) -> io::Result<bool> {
+    let root = openat(mount, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    for entry in Dir::read_from(root)? {
+        if !matches!(entry?.file_name().to_bytes(), b"." | b".." | b"lost+found") {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Unmounts what is mounted at a path, as soon as nobody is in it any more.
@@ -314,22 +440,45 @@ fn take_away(path: &Path, how: UnmountFlags) -> io::Result<()> {
     Ok(unmount(through(place.folder_fd()).join(place.name()), how | UnmountFlags::NOFOLLOW)?)
 }
 
-/// `36 35 98:0 /root /mnt opts shared:1 - ext4 /dev/sda1 rw`
-fn read(line: &str) -> Option<Line> {
-    let (own, of) = line.split_once(" - ")?;
-    let mut own = own.split(' ');
-    let id = own.next()?.parse().ok()?;
-    let (major, minor) = own.nth(1)?.split_once(':')?;
-    let at = plain(own.nth(1)?).into();
-    let source = plain(of.split(' ').nth(1)?);
-    Some(Line { id, device: (major.parse().ok()?, minor.parse().ok()?), at, source })
+fn table() -> io::Result<Vec<u8>> {
+    fs::read(TABLE)
 }
 
-/// Blanks are told by their numbers there.
-fn plain(text: &str) -> String {
-    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
-        .iter()
-        .fold(text.to_owned(), |text, (number, letter)| text.replace(number, letter))
+/// The lines of the table, without those that cannot be read: nobody's mount keeps others from being found.
+fn lines(table: &[u8]) -> impl Iterator<Item = Line> {
+    table.split(|byte| *byte == b'\n').filter_map(read)
+}
+
+/// `36 35 98:0 /root /mnt opts shared:1 - ext4 /dev/sda1 rw`
+fn read(line: &[u8]) -> Option<Line> {
+    let mut words = line.split(|byte| *byte == b' ');
+    let mut word = || words.next();
+    let text = |word: &[u8]| Some(std::str::from_utf8(word).ok()?.to_owned());
+    let id = text(word()?)?.parse().ok()?;
+    word()?;
+    let device = text(word()?)?;
+    let (major, minor) = device.split_once(':')?;
+    let (root, at, options) = (plain(word()?), plain(word()?), text(word()?)?);
+    while word()? != b"-" {}
+    word()?;
+    let source = plain(word()?);
+    Some(Line { id, device: (major.parse().ok()?, minor.parse().ok()?), root, at, options, source })
+}
+
+/// Blanks are told by their numbers there, each of three digits.
+fn plain(mut word: &[u8]) -> PathBuf {
+    let mut plain = Vec::new();
+    while let [first, rest @ ..] = word {
+        let number = match rest {
+            [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', ..] if *first == b'\\' => {
+                Some((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'))
+            }
+            _ => None,
+        };
+        plain.push(number.unwrap_or(*first));
+        word = if number.is_some() { &rest[3..] } else { rest };
+    }
+    OsString::from_vec(plain).into()
 }
 
 #[cfg(test)]
@@ -337,6 +486,7 @@ mod tests {
     use super::*;
     use crate::host::lender::Lender;
     use crate::storage::{HostStorage, ToolRights};
+    use std::os::unix::ffi::OsStrExt as _;
     use virt_model::driver::storage::Storage as _;
 
     #[test]
@@ -380,10 +530,41 @@ mod tests {
     }
 
     #[test]
+    fn what_a_mount_says_of_itself_is_not_followed_out_of_dev() {
+        let loops = (0..8).map(|number| PathBuf::from(format!("/dev/loop{number}")));
+        let Some(device) = loops.into_iter().find(|path| Device::at(path).is_ok()) else {
+            return eprintln!("SKIPPED: no loop devices here");
+        };
+        let number = Device::at(&device).unwrap().number();
+        assert_eq!(number_below_dev(&device), Some(number));
+        let name = device.file_name().unwrap().to_str().unwrap();
+        let out_and_in = format!("/dev/../dev/{name}");
+        for other in [&*out_and_in, name, "/dev/null", "/dev/shm/x", "/dev/stdin", "/dev", ""] {
+            assert_eq!(number_below_dev(Path::new(other)), None, "{other}");
+        }
+    }
+
+    #[test]
     fn the_kernels_table_is_read() {
-        let line = read("36 35 98:0 / /mnt/a\\040b rw,nosuid shared:1 - ext4 /dev/loop0 rw").unwrap();
-        let wanted = Line { id: 36, device: (98, 0), at: "/mnt/a b".into(), source: "/dev/loop0".into() };
-        assert_eq!(line, wanted);
-        assert_eq!(read("36 35 98:0"), None);
+        let table = b"36 35 98:0 / /mnt/a\\040b rw,nosuid shared:1 - ext4 /dev/loop0 rw\n\
+            37 35 0:50 / /home/u/\xff rw - fuse.x \xfe rw\n\
+            none of these\n\
+            38 35 98:1 /sub\\134 /mnt/c rw,nosuid,nodev,noexec,relatime - ext4 /dev/loop1 rw\n";
+        let lines: Vec<Line> = lines(table).collect();
+        let wanted = Line {
+            id: 36,
+            device: (98, 0),
+            root: "/".into(),
+            at: "/mnt/a b".into(),
+            options: "rw,nosuid".to_owned(),
+            source: "/dev/loop0".into(),
+        };
+        assert_eq!((lines.len(), &lines[0]), (3, &wanted));
+        assert_eq!(lines[1].at.as_os_str().as_bytes(), b"/home/u/\xff");
+        assert_eq!(lines[0].lacks().unwrap(), "without nodev, noexec");
+        assert_eq!(lines[2].lacks().unwrap(), "from its folder /sub\\, and not whole");
+        let whole = Line { root: "/".into(), options: lines[2].options.clone(), ..wanted };
+        assert_eq!(whole.lacks(), None);
+        assert_eq!(read(b"36 35 98:0"), None);
     }
 }

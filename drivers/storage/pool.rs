@@ -36,6 +36,8 @@ pub struct FolderPool {
     pub(super) folder: HeldFolder,
     /// What is mounted there, if the folder is that of a file system of its own.
     pub(super) device: Option<Arc<Device>>,
+    /// It was mounted when the pool was opened, and not before.
+    pub(super) made_mount: bool,
     /// What can be done with it.
     pub(super) features: &'static [&'static str],
     pub(super) workers: Workers,
@@ -143,10 +145,6 @@ impl OpenPool for FolderPool {
 
     fn features(&self) -> &'static [&'static str] {
         self.features
-    }
-
-    fn is_mounted(&self) -> bool {
-        self.device.is_some()
     }
 
     async fn survey(&self, known: &KnownFormats) -> Result<Survey, DriverError> {
@@ -366,12 +364,16 @@ impl OpenPool for FolderPool {
         self.workers.run(errand, run).await
     }
 
+    async fn take_back(&self) -> Result<(), DriverError> {
+        if self.made_mount { self.close().await } else { Ok(()) }
+    }
+
     async fn close(&self) -> Result<(), DriverError> {
         // A folder was not made usable, but found so.
         let Some(device) = self.device.clone() else { return Ok(()) };
         let (folder, path) = (self.folder.clone(), self.path.clone());
         let close = move |stop: &Arc<Stop>| mounts::close(&device, &folder, &path, stop);
-        self.workers.run(self.errand(""), close).await
+        self.workers.run(Errand { limit: mounts::PATIENCE, ..self.errand("") }, close).await
     }
 }
 

@@ -6,11 +6,13 @@
 mod chain;
 mod overlays;
 mod seen;
+mod taken;
 
 pub(crate) use chain::{
     Chain, ChainKind, DiskImages, Fate, KeptChain, Shown, images_of, show_disk, show_snapshot, written_by, written_of,
 };
 pub(crate) use overlays::{Overlay, declare_in, overlays_of};
+pub(crate) use taken::Taken;
 
 use crate::error::{Error, Result};
 use crate::lock::lock;
@@ -23,6 +25,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
+use taken::TakenFile;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
@@ -67,8 +70,8 @@ pub(crate) struct GuestDisk {
 pub(crate) struct Images {
     machines: Arc<dyn Machines>,
     seen: Arc<Seen>,
-    /// Files that are about to be written by what is under way, and by what.
-    taken: Mutex<Vec<(PathBuf, String)>>,
+    /// Files that are about to be written by what is under way.
+    taken: Mutex<Vec<TakenFile>>,
     /// Images that machines are about to have, and do not show yet.
     begun: Mutex<Vec<Arc<Begun>>>,
     /// What others than machines need of images.
@@ -84,17 +87,6 @@ pub(crate) struct Begins(Arc<Images>, Arc<Begun>);
 impl Drop for Begins {
     fn drop(&mut self) {
         lock(&self.0.begun).retain(|begun| !Arc::ptr_eq(begun, &self.1));
-    }
-}
-
-/// A file that nobody else writes while this lives, and which it was.
-pub(crate) struct Taken(Arc<Images>, PathBuf, Option<FileNumber>);
-
-impl Drop for Taken {
-    fn drop(&mut self) {
-        // By now it may be another file, or none.
-        self.0.seen.forget(&self.1, self.2);
-        lock(&self.0.taken).retain(|(file, _)| *file != self.1);
     }
 }
 
@@ -115,20 +107,6 @@ impl Images {
             "" => format!("{who} ({})", user.how),
             place => format!("{who} ({place}, {})", user.how),
         }
-    }
-
-    /// Takes a file, which need not be there, to write it: until the result is dropped `whose` is named to whoever else would take
-    /// it, or start a machine on it. Error: whose it is already.
-    pub async fn take(self: &Arc<Self>, file: &Path, whose: String) -> Result<Taken, String> {
-        let folder = file.parent().unwrap_or(file);
-        self.seen.look(&[file.to_owned(), folder.to_owned()]).await;
-        let mut taken = lock(&self.taken);
-        if let Some((_, whose)) = taken.iter().find(|(other, _)| self.seen.same_place(other, file)) {
-            return Err(whose.clone());
-        }
-        taken.push((file.to_owned(), whose));
-        let number = self.seen.number_of(file);
-        Ok(Taken(self.clone(), file.to_owned(), number))
     }
 
     /// From now on these chains, which are no machines', are asked for, too. To be called once.
@@ -195,13 +173,6 @@ impl Images {
         users
     }
 
-    /// Who has [taken](Images::take) a file, for people.
-    fn takers_of(&self, file: &Path) -> Vec<String> {
-        let taken = lock(&self.taken);
-        let these = taken.iter().filter(|(taken, _)| self.seen.same_place(taken, file));
-        these.map(|(_, whose)| whose.clone()).collect()
-    }
-
     /// Refuses to change files that somebody needs as they are. `deed` begins the sentence: `cannot start domain 'web'`.
     pub async fn refuse_in_use(
         self: &Arc<Self>,
@@ -214,11 +185,10 @@ impl Images {
         match self.users_of(files, fate, except).await.into_iter().next() {
             None => Ok(()),
             Some((file, users)) => {
-                let passes = fate == Fate::Written && users == self.takers_of(&file);
-                let (file, users) = (file.display(), users.join(", "));
-                Err(Error::InUse(match passes {
-                    true => format!("{deed}: {users} has {file}; try again when that has ended"),
-                    false => format!("{deed}: {file} is what {users} stands on; {remedy}"),
+                let has = if fate == Fate::Written { self.taken_text(&file, &users) } else { None };
+                Err(Error::InUse(match has {
+                    Some(has) => format!("{deed}: {has}"),
+                    None => format!("{deed}: {} is what {} stands on; {remedy}", file.display(), users.join(", ")),
                 }))
             }
         }
@@ -454,8 +424,9 @@ impl Images {
         for def in defs {
             for disk in def.devices.disks.iter().filter(|disk| is_written(disk)) {
                 if let Some((path, users)) = disk.path().and_then(|path| Some((path, users.get(Path::new(path))?))) {
-                    let text =
-                        format!("{path} is what {} stands on, and cannot be written: {FROZEN}", users.join(", "));
+                    let text = self.taken_text(Path::new(path), users).unwrap_or_else(|| {
+                        format!("{path} is what {} stands on, and cannot be written: {FROZEN}", users.join(", "))
+                    });
                     findings.push((def, Finding::unsupported(&disk.at, text)));
                 }
             }
@@ -545,6 +516,30 @@ mod tests {
             assert!(images.who_stands_on(own, Fate::Removed).await.is_empty());
             assert!(images.who_stands_on(own, Fate::Written).await.is_empty());
         }
+    }
+
+    #[tokio::test]
+    async fn a_device_is_taken_with_what_has_bytes_of_it() {
+        let images = Images::of(Arc::new(Stored(Vec::new())));
+        let [disk, one, two] = ["/dev/xa", "/dev/xa1", "/dev/xa2"].map(PathBuf::from);
+        let take = async |file: &Path, others: &[&Path], whose: &str| {
+            let others = others.iter().map(|other| other.to_path_buf()).collect();
+            images.take_device(file, others, whose.to_owned()).await
+        };
+        let first = take(&one, &[&disk], "one").await.ok().unwrap();
+        let second = take(&two, &[&disk], "two").await.ok().unwrap();
+        assert_eq!(take(&disk, &[&one, &two], "disk").await.err().unwrap(), "one");
+        assert_eq!(take(&disk, &[], "copy").await.err().unwrap(), "one");
+        let users = images.users_of(&[disk.clone(), one.clone()], Fate::Written, None).await;
+        assert_eq!(
+            (&*users[&disk], &*users[&one]),
+            (&["one".to_owned(), "two".to_owned()][..], &["one".to_owned()][..])
+        );
+        drop((first, second));
+        let whole = take(&disk, &[&one, &two], "disk").await.ok().unwrap();
+        assert_eq!(take(&one, &[&disk], "one").await.err().unwrap(), "disk");
+        drop(whole);
+        assert!(images.users_of(&[one], Fate::Written, None).await.is_empty());
     }
 
     #[tokio::test]

@@ -4,7 +4,7 @@
 use crate::lock::lock;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -22,6 +22,9 @@ const SETTLED: Duration = Duration::from_secs(2);
 /// So many paths, in so many folders, are remembered to be missing.
 const MOST_MISSING: usize = 16_384;
 const MOST_FOLDERS: usize = 256;
+
+/// Stands for a file system where a number is that of a block device, which may have several names in several of them.
+const DEVICES: u64 = u64::MAX;
 
 /// A file by its file system and its number there.
 pub(super) type FileNumber = (u64, u64);
@@ -179,7 +182,10 @@ impl Seen {
     fn look_at(&self, path: &Path) -> Option<bool> {
         #[allow(clippy::disallowed_methods, reason = "in one of few threads, which may be left behind")]
         alone(&self.looking, path, || {
-            let found = std::fs::metadata(path).map(|data| (data.dev(), data.ino()));
+            let found = std::fs::metadata(path).map(|data| match data.file_type().is_block_device() {
+                true => (DEVICES, data.rdev()),
+                false => (data.dev(), data.ino()),
+            });
             let is_missing = found.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound);
             match found {
                 Ok(found) => _ = lock(&self.files).insert(path.to_owned(), found),

@@ -25,7 +25,7 @@ pub(super) enum Occasion {
 
 impl Pool {
     /// Makes it usable, as that definition says. For who has the turn. On failure it is inactive, and nothing is left on the host of
-    /// what was begun.
+    /// what was begun; one that was mounted when virtd was last here is inaccessible, and what is mounted stays.
     pub(super) async fn bring_up(
         self: &Arc<Self>,
         def: Arc<PoolDef>,
@@ -35,6 +35,7 @@ impl Pool {
     ) -> Result<()> {
         self.commit(Vec::new(), |state| state.phase = Phase::Starting);
         let started = async {
+            self.keep_device("start", &def).await?;
             if on == Occasion::Anew {
                 self.refuse_device_in_use("start", &def, true).await?;
             }
@@ -52,17 +53,22 @@ impl Pool {
         fail_point::reached();
         match started {
             Ok(()) => self.commit(vec![("started", "booted")], |state| state.phase = Phase::Running),
+            // Guests may run on what is mounted still.
+            Err(_) if on == Occasion::Again && def.mounted_device().is_some() => {
+                self.commit(Vec::new(), |state| (state.phase, state.live) = (Phase::Inaccessible, Some(def)));
+            }
             Err(_) => self.goes_down(on).await,
         }
         started
     }
 
-    /// It does not come up: what was done to the host for it is taken back.
+    /// It does not come up: what was done to the host for it is taken back. As long as that cannot be done it is inaccessible.
     async fn goes_down(self: &Arc<Self>, on: Occasion) {
         if let Some(open) = self.open()
-            && let Err(error) = open.close().await
+            && let Err(error) = open.take_back().await
         {
             tracing::warn!(uuid = %self.uuid, %error, "a pool that was not started is not taken from the host");
+            return self.commit(Vec::new(), |state| state.phase = Phase::Inaccessible);
         }
         // One that was active is to be active again when what it lacks is there.
         if on == Occasion::Anew || !lock(&self.state).persistent {

@@ -243,6 +243,7 @@ fn enter(shared: &Arc<Shared>, pools: &Arc<Pools>, seed: PoolSeed) -> Arc<Pool> 
         autostart: note.autostart,
         phase: Phase::Inactive,
         open: None,
+        device: None,
         follows: None,
         room: Room::default(),
         refreshed_usec: 0,

@@ -90,6 +90,8 @@ struct State {
     autostart: bool,
     phase: Phase,
     open: Option<Arc<dyn OpenPool>>,
+    /// Its device, which is no machine's until the pool is inactive.
+    device: Option<Taken>,
     /// Ends, when it is dropped, what follows the pool's changes.
     follows: Option<DropGuard>,
     room: Room,
@@ -362,6 +364,7 @@ impl State {
     fn set_inactive(&mut self) {
         self.gone = !self.persistent;
         (self.phase, self.open, self.live, self.follows) = (Phase::Inactive, None, None, None);
+        self.device = None;
         (self.room, self.unnameable) = (Room::default(), 0);
     }
 
@@ -403,8 +406,8 @@ impl State {
             let device = self.live.as_ref().and_then(|live| live.mounted_device());
             let text = match device {
                 Some(device) => format!(
-                    "the file system of {device} is not mounted on its folder any more: refresh the pool to have it mounted \
-                     again, or stop the pool"
+                    "the file system of {device} is not mounted on its folder any more, or cannot be read: refresh the pool to \
+                     have it there again, or stop the pool"
                 ),
                 None => "what it is made of is not there any more: see to it, and refresh or stop the pool".to_owned(),
             };

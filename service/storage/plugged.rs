@@ -80,6 +80,21 @@ impl VolumeKeeper for Keeper {
         })
     }
 
+    fn refuse_lost(&self, file: &Path) -> Result<()> {
+        let all = self.0.upgrade().map(|pools| pools.all()).unwrap_or_default();
+        let is_lost = |pool: &&Arc<Pool>| lock(&pool.state).phase == Phase::Inaccessible;
+        let above = all.iter().filter(is_lost).find(|pool| file.parent().is_some_and(|folder| pool.is_above(folder)));
+        match above {
+            None => Ok(()),
+            Some(pool) => Err(Error::OperationInvalid(format!(
+                "{}: pool '{}' is inaccessible, and what is at its folder is not its own: see that its storage is there, and \
+                 refresh it",
+                file.display(),
+                pool.name
+            ))),
+        }
+    }
+
     fn start(&self, caller: Caller, pool: String) -> Answer<'_> {
         Box::pin(async move {
             let pool = self.pool(&pool)?;

@@ -8,15 +8,16 @@ use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
 use crate::fail_point;
 use crate::frames::{self, Changeable as _};
+use crate::images::Taken;
 use crate::job::Ticket;
 use crate::lock::lock;
 use crate::object::Usage;
 use crate::store::{Folder, on_disk};
 use crate::verb::{self, Verb};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
-use virt_model::driver::storage::{OpenPool, Work};
+use virt_model::driver::storage::Work;
 use virt_model::storage::pool::PoolDef;
 
 /// How a pool is started.
@@ -125,6 +126,7 @@ impl Pool {
             match lost {
                 // What is there now may be another folder, or is not mounted.
                 Some(def) => {
+                    pool.keep_device("refresh", &def).await?;
                     pool.refuse_device_in_use("refresh", &def, true).await?;
                     pool.opens(def, &*work).await?;
                 }
@@ -140,6 +142,7 @@ impl Pool {
         let begun = self.job(caller, &verb::POOL_BUILD, departs, async { Ok(()) }).await?;
         begun.and_then_run(move |pool, work| async move {
             let def = lock(&pool.state).def.clone();
+            let _until_it_is_built = pool.take_device("build", &def).await?;
             pool.builds(&def, overwrite, &*work).await?;
             fail_point::reached();
             pool.commit(vec![("built", "")], |_| {});
@@ -154,17 +157,43 @@ impl Pool {
         built.map_err(|e| self.failed("build", e))
     }
 
-    /// Refuses to mount, or to overwrite, a device that is a machine's disk. `running`: of a machine that runs.
+    /// Takes its device, so that no machine gets it: to be done before it is asked which machine has it. For who has the turn.
+    async fn take_device(&self, deed: &str, def: &PoolDef) -> Result<Option<Taken>> {
+        let Some(device) = def.mounted_device() else { return Ok(None) };
+        let overlapping = self.shared.host.storage.overlapping(def).await.map_err(|e| self.failed(deed, e))?;
+        let whose = format!("pool '{}', which is to be stopped first,", self.name);
+        let taken = self.shared.images.take_device(Path::new(device), overlapping, whose).await;
+        let has_it = |by| Error::InUse(format!("cannot {deed} pool '{}': {by} has its device {device}", self.name));
+        taken.map(Some).map_err(has_it)
+    }
+
+    /// The same until it is inactive.
+    pub(super) async fn keep_device(&self, deed: &str, def: &PoolDef) -> Result<()> {
+        if lock(&self.state).device.is_some() {
+            return Ok(());
+        }
+        let taken = self.take_device(deed, def).await?;
+        lock(&self.state).device = taken;
+        Ok(())
+    }
+
+    /// Refuses to mount, or to overwrite, a device of which a machine's disk has bytes. `running`: of a machine that runs.
     pub(super) async fn refuse_device_in_use(&self, deed: &str, def: &PoolDef, running: bool) -> Result<()> {
         let Some(device) = def.mounted_device() else { return Ok(()) };
-        let machines = self.shared.images.machines_on(Path::new(device), running).await;
-        match machines.is_empty() {
-            true => Ok(()),
-            false => {
-                let (name, machines) = (&self.name, machines.join(", "));
-                Err(Error::InUse(format!("cannot {deed} pool '{name}': its device {device} is used by {machines}")))
+        let mut all = vec![PathBuf::from(device)];
+        all.extend(self.shared.host.storage.overlapping(def).await.map_err(|e| self.failed(deed, e))?);
+        for one in all {
+            let machines = self.shared.images.machines_on(&one, running).await;
+            if machines.is_empty() {
+                continue;
             }
+            let (name, machines, one) = (&self.name, machines.join(", "), one.display());
+            let has = if one.to_string() == device { String::new() } else { format!(", of which {one} has bytes,") };
+            return Err(Error::InUse(format!(
+                "cannot {deed} pool '{name}': its device {device}{has} is used by {machines}"
+            )));
         }
+        Ok(())
     }
 
     /// Removes what volumes were in, if it is empty.
@@ -185,9 +214,7 @@ impl Pool {
     pub async fn destroy(self: &Arc<Self>, caller: &Caller) -> Result<()> {
         frames::short(self, caller, &verb::POOL_DESTROY, async {
             self.refuse_busy()?;
-            if let Some(open) = self.open() {
-                self.closes(&*open).await?;
-            }
+            self.closes().await?;
             fail_point::reached();
             let pool = self.clone();
             on_disk(move || {
@@ -216,15 +243,30 @@ impl Pool {
     }
 
     /// Takes back what was done to the host for it. On failure it is as before.
-    async fn closes(&self, open: &dyn OpenPool) -> Result<()> {
-        if open.is_mounted() {
+    async fn closes(&self) -> Result<()> {
+        let (open, live) = {
+            let state = lock(&self.state);
+            (state.open.clone(), state.live.clone())
+        };
+        if live.as_ref().is_some_and(|live| live.mounted_device().is_some()) {
             self.refuse_users("stop", &self.users(), |user| user.how == Usage::Live)?;
         }
+        let Some(open) = open else {
+            let Some(live) = live else { return Ok(()) };
+            return self.shared.host.storage.close(&live).await.map_err(|e| self.failed("stop", e));
+        };
         // That it is not there any more is no loss now.
         let follows = lock(&self.state).follows.take();
         let closed = open.close().await;
         if closed.is_err() {
-            lock(&self.state).follows = follows;
+            // One that came back too late may be done yet.
+            let answers = open.room().await.is_ok();
+            self.commit(Vec::new(), |state| {
+                state.follows = follows;
+                if !answers {
+                    state.phase = Phase::Inaccessible;
+                }
+            });
         }
         closed.map_err(|e| self.failed("stop", e))
     }

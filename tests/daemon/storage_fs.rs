@@ -3,8 +3,10 @@
 
 use crate::common::client::{Client, Refusal, options};
 use crate::common::pools::{POOL, Pool, STORAGE, machine};
+use crate::common::users::BOB;
 use crate::common::{Daemon, Setup, have, skip};
 use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -77,7 +79,7 @@ fn seen(daemon: &Daemon, path: &Path) -> PathBuf {
 fn mounts(daemon: &Daemon, name: &str) -> Vec<String> {
     let table = daemon.inside("cat").arg("/proc/self/mountinfo").output().expect("the table").stdout;
     let at = format!(" {} ", daemon.folder().join(name).display());
-    String::from_utf8(table).unwrap().lines().filter(|line| line.contains(&at)).map(str::to_owned).collect()
+    String::from_utf8_lossy(&table).lines().filter(|line| line.contains(&at)).map(str::to_owned).collect()
 }
 
 fn unmount(daemon: &Daemon, name: &str, lazily: bool) {
@@ -119,6 +121,8 @@ async fn a_file_system_is_mounted_as_long_as_its_pool_is_started() {
         let mounted = mounts(&daemon, kind);
         assert!(mounted.len() == 1 && mounted[0].contains(&format!(" - {kind} ")), "{mounted:?}");
         assert!(mounted[0].contains("nosuid,nodev,noexec"), "{mounted:?}");
+        let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(&pool.folder).expect("a folder")) & 0o7777;
+        assert_eq!(mode, 0o711, "as long as nothing is in it it is as the definition says");
         let features: Vec<String> = pool.get("Features").await;
         assert_eq!(features.iter().any(|feature| feature == "reflink"), kind != "ext4", "{kind}: {features:?}");
         let volume = pool.add("a.img", 1 << 20, options([])).await.expect("made");
@@ -157,6 +161,11 @@ async fn a_file_system_that_somebody_else_unmounts_is_lost_and_mounted_again() {
     let refused = pool.add("b.img", 1 << 20, options([])).await.map(|_| ()).expect_err("it is lost");
     assert!(refused.0.ends_with("OperationInvalid"), "{refused:?}");
     assert!(pool.names().is_empty(), "nothing is below the empty folder");
+    let web = client.define(&machine("web", &daemon.folder().join("fs/a.img"), "raw")).await.expect("defined");
+    let snapshot = "<domainsnapshot><disks><disk name='vda' snapshot='external'/></disks></domainsnapshot>";
+    let refused = web.call("CreateSnapshot", &(snapshot, options([("disk-only", true.into())]))).await.map(drop);
+    let refused = refused.expect_err("its overlay would be there");
+    assert!(refused.1.contains("pool 'fs' is inaccessible"), "{refused:?}");
     pool.run("Refresh", options([])).await.expect("mounted again");
     assert_eq!((pool.get::<String>("State").await.as_str(), mounts(&daemon, "fs").len()), ("running", 1));
     assert_eq!(pool.list().await, [("a.img".to_owned(), "raw".to_owned(), 1 << 20)]);
@@ -173,7 +182,13 @@ async fn a_file_system_that_somebody_else_unmounts_is_lost_and_mounted_again() {
     let refused = pool.run("Start", options([])).await.expect_err("something else is there");
     assert!(refused.0.ends_with("OperationInvalid") && refused.1.contains("strangers is mounted there"), "{refused:?}");
     unmount(&daemon, "fs", false);
+    // As others mount it there is more in it than a pool's files.
     mount(&[&device.path]);
+    let refused = pool.run("Start", options([])).await.expect_err("programs of it could be run");
+    assert!(refused.1.contains("is mounted there without nosuid, nodev, noexec"), "{refused:?}");
+    assert_eq!(mounts(&daemon, "fs").len(), 1);
+    unmount(&daemon, "fs", false);
+    mount(&["-o", "nosuid,nodev,noexec", &device.path]);
     pool.run("Start", options([])).await.expect("it is mounted");
     assert_eq!(mounts(&daemon, "fs").len(), 1);
     pool.run("Destroy", options([])).await.expect("stopped");
@@ -193,7 +208,8 @@ async fn devices_with_a_file_system_that_nobody_uses_are_found() {
     };
     let source = format!("<device path='{}'/>\n    <format type='xfs'/>", device.path);
     let found = find("fs", "").await.expect("found");
-    assert!(found.starts_with("<sources>") && found.contains(&source) && !found.contains(&empty.path), "{found}");
+    assert!(found.starts_with("<sources>") && found.contains(&source), "{found}");
+    assert!(!found.contains(&format!("'{}'", empty.path)), "{found}");
     let raw = client.define(&machine("raw", Path::new(&device.path), "raw")).await.expect("defined");
     assert!(!find("fs", "").await.expect("found").contains(&source), "it is a disk");
     raw.run("Undefine").await.expect("undefined");
@@ -202,6 +218,10 @@ async fn devices_with_a_file_system_that_nobody_uses_are_found() {
     assert!(!find("fs", "").await.expect("found").contains(&source), "it is mounted");
     pool.run("Destroy", options([])).await.expect("stopped");
     assert!(find("fs", "").await.expect("found").contains(&source));
+    // All devices are read for it.
+    let bob = Client { connection: daemon.connect_as(&BOB).await };
+    let refused = bob.call("/org/virt", &format!("{STORAGE}.FindSources"), &("fs", "")).await.map(drop);
+    assert!(refused.as_ref().is_err_and(|refused| refused.1.contains("org.virt.storage.define")), "{refused:?}");
     for (kind, xml, wanted) in [
         ("fs", "<source/>", "InvalidArgument"),
         ("vfs", "", "InvalidArgument"),
@@ -225,16 +245,29 @@ async fn nothing_in_use_is_mounted_or_unmounted() {
     let pool = defined(&daemon, &client, "fs", &device, "auto").await;
     // A guest that writes the device would meet the kernel there.
     let raw = client.define(&machine("raw", Path::new(&device.path), "raw")).await.expect("defined");
+    let link = daemon.folder().join("link");
+    std::os::unix::fs::symlink(&device.path, &link).expect("a link");
     raw.run("Start").await.expect("started");
     let refused = pool.run("Start", options([])).await.expect_err("a guest has it");
     assert!(refused.0.ends_with("InUse") && refused.1.contains("domain 'raw'"), "{refused:?}");
     assert!(mounts(&daemon, "fs").is_empty() && pool.get::<String>("State").await == "inactive");
     raw.run("Destroy").await.expect("ended");
+    // Nobody's mount keeps it from being found, whatever that is called.
+    let strange = daemon.folder().join(std::ffi::OsStr::from_bytes(b"\xff"));
+    fs::create_dir(&strange).expect("a folder");
+    let mounted = daemon.inside("mount").args(["-t", "tmpfs", "none"]).arg(&strange).status().expect("mount");
+    assert!(mounted.success());
     pool.run("Start", options([])).await.expect("started");
+    // Now it is the pool's, by whatever name.
+    let by_link = client.define(&machine("by-link", &link, "raw")).await.expect("defined");
+    for machine in [&raw, &by_link] {
+        let refused = machine.run("Start").await.expect_err("the pool has it");
+        assert!(refused.0.ends_with("InUse") && refused.1.contains("pool 'fs'"), "{refused:?}");
+    }
     // On one device there is one pool, wherever it is mounted.
     let other = defined(&daemon, &client, "other", &device, "auto").await;
     let refused = other.run("Start", options([])).await.expect_err("it is another pool's");
-    assert!(refused.1.contains("is pool 'fs' already"), "{refused:?}");
+    assert!(refused.0.ends_with("InUse") && refused.1.contains("pool 'fs'"), "{refused:?}");
     assert!(mounts(&daemon, "other").is_empty(), "nothing is left of that");
     // Neither is taken away while a guest runs on it, or somebody has a file open.
     pool.add("web.img", 1 << 20, options([])).await.expect("made");
@@ -258,6 +291,38 @@ async fn nothing_in_use_is_mounted_or_unmounted() {
     let types: std::collections::HashMap<String, std::collections::HashMap<String, zbus::OwnedVariant>> =
         client.property("/org/virt", STORAGE, "PoolTypes").await;
     assert!(bool::try_from(types["fs"]["supported"].try_clone().unwrap()).unwrap());
+}
+
+/// What is mounted stays under who runs on it, though the next virtd cannot open it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_that_the_next_virtd_cannot_open_is_inaccessible_and_stays_mounted() {
+    let Some(mut daemon) = daemon().await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let Some(device) = LoopDevice::formatted(&daemon, "ext4") else { return };
+    let pool = defined(&daemon, &client, "fs", &device, "auto").await;
+    pool.run("Start", options([])).await.expect("started");
+    client.define(&machine("raw", Path::new(&device.path), "raw")).await.expect("defined");
+    let remount = |daemon: &Daemon, how: &str| {
+        let mut mount = daemon.inside("mount");
+        mount.args(["-o", &format!("remount,bind,{how}")]).arg(daemon.folder().join("fs"));
+        assert!(mount.status().expect("mount").success());
+    };
+    remount(&daemon, "nosuid,noexec,dev");
+    daemon.kill_virtd().await;
+    let pool = found_again(&mut daemon, pool, "fs").await;
+    assert_eq!(pool.get::<String>("State").await, "inaccessible");
+    assert_eq!(mounts(&daemon, "fs").len(), 1);
+    let raw = pool.client.named("raw").await.expect("it is defined");
+    let refused = raw.run("Start").await.expect_err("the pool has it");
+    assert!(refused.0.ends_with("InUse") && refused.1.contains("pool 'fs'"), "{refused:?}");
+    let refused = pool.run("Destroy", options([])).await.expect_err("it is mounted otherwise");
+    assert!(refused.1.contains("without nodev"), "{refused:?}");
+    remount(&daemon, "nosuid,noexec,nodev");
+    pool.run("Refresh", options([])).await.expect("it is as it was");
+    assert_eq!(pool.get::<String>("State").await, "running");
+    pool.run("Destroy", options([])).await.expect("stopped");
+    assert!(mounts(&daemon, "fs").is_empty());
+    raw.run("Start").await.expect("it is free");
 }
 
 /// Whatever step virtd is killed at, the pool is mounted and running, or neither.
@@ -315,6 +380,15 @@ async fn a_file_system_is_made_and_nothing_is_overwritten_unasked() {
     let refused = pool.run("Start", options([])).await.expect_err("nothing is on it");
     assert!(refused.1.contains("there is no file system on it; build the pool first"), "{refused:?}");
     let pool = of(&client, &daemon, "btrfs").await;
+    // What nobody knows is not nothing.
+    let writes = |byte: u8| {
+        let opened = fs::OpenOptions::new().write(true).open(&device.path).expect("the device");
+        std::os::unix::fs::FileExt::write_all_at(&opened, &[byte], 5000).expect("written");
+    };
+    writes(1);
+    let refused = pool.run("Build", build(false)).await.expect_err("something is on it");
+    assert!(refused.0.ends_with("OperationInvalid") && refused.1.contains("something unknown is on it"), "{refused:?}");
+    writes(0);
     pool.run("Start", options([("build", true.into())])).await.expect("built and started");
     let made = std::os::unix::fs::MetadataExt::mode(&fs::metadata(&pool.folder).expect("a folder"));
     assert_eq!(made & 0o7777, 0o750, "the folder of volumes is as the definition says");

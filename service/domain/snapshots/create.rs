@@ -347,6 +347,9 @@ impl Domain {
         let mut written = Vec::new();
         for part in &request.disks {
             let disk = machine.def.devices.disks.iter().find(|disk| disk.target.dev == part.target);
+            if let DiskMode::External { path, .. } = &part.mode {
+                self.shared.volumes.refuse_lost(path)?;
+            }
             match &part.mode {
                 DiskMode::Internal => written.extend(disk.and_then(|disk| disk.path()).map(PathBuf::from)),
                 DiskMode::External { path, .. } if request.reuse_external => written.push(path.clone()),

@@ -48,6 +48,13 @@ pub trait Storage: Send + Sync {
     /// Makes it usable, and takes away what was being made in it when somebody was killed. It stays usable until it is
     /// [closed](OpenPool::close), whatever becomes of virtd; who opens it again finds it so. Error: nothing was done to the host.
     async fn open(&self, def: &PoolDef, work: &dyn Work) -> Result<Arc<dyn OpenPool>, DriverError>;
+
+    /// The same as [`OpenPool::close`] for a pool that a virtd before this one opened, and this one could not.
+    async fn close(&self, def: &PoolDef) -> Result<(), DriverError>;
+
+    /// Other block devices that have bytes of a pool's own: the disk that it is a part of, its partitions, and what it is made from
+    /// or of. Error: that cannot be told.
+    async fn overlapping(&self, def: &PoolDef) -> Result<Vec<PathBuf>, DriverError>;
 }
 
 /// A pool that is usable.
@@ -58,9 +65,6 @@ pub trait OpenPool: Send + Sync {
 
     /// What can be done with it: of what its kind [can](PoolAbility::features) as much as its storage can. Waits for nothing.
     fn features(&self) -> &'static [&'static str];
-
-    /// Whether its volumes are in their place only until it is [closed](OpenPool::close). Waits for nothing.
-    fn is_mounted(&self) -> bool;
 
     /// Its volumes, and how much room there is.
     async fn survey(&self, known: &KnownFormats) -> Result<Survey, DriverError>;
@@ -115,8 +119,12 @@ pub trait OpenPool: Send + Sync {
     /// Whether somebody has it open who writes it, and where it is to be `written`, anybody at all: QEMU and its tools say so.
     async fn is_open_elsewhere(&self, name: &str, written: bool) -> Result<bool, DriverError>;
 
-    /// Takes back what [`Storage::open`] did to the host. Error: that is there still, and the pool can be used as before.
+    /// Takes back what is done to the host for it, whoever did that. Error: that is there still, and the pool can be used as before;
+    /// one that comes back too late may be done yet, and the pool answers nothing any more.
     async fn close(&self) -> Result<(), DriverError>;
+
+    /// Takes back what [`Storage::open`] did to the host this time: what was there before stays. Errors: as [`OpenPool::close`].
+    async fn take_back(&self) -> Result<(), DriverError>;
 }
 
 /// A volume that is served to a client.
