@@ -248,6 +248,10 @@ pub struct VolumeFacts {
     pub name: String,
     /// Where it is.
     pub path: String,
+    /// By which it is known on the host, whatever it is called.
+    pub key: String,
+    /// `file`, `block`, `dir`, `network`.
+    pub kind: &'static str,
     /// Its format.
     pub format: String,
     /// What a guest sees, in bytes.

@@ -13,6 +13,7 @@ use virt_model::device::Disk;
 use virt_model::device::disk::{BackingStore, DiskKind, StoreFormat};
 use virt_model::device::source::{DiskSource, Encryption, EncryptionFormat, SecretKind, SecretRef};
 use virt_model::domain::DomainDef;
+use virt_model::storage::volume::VolumeKind;
 use virt_model::xml::Finding;
 
 /// How long a machine that starts waits for networks and pools that do.
@@ -24,7 +25,7 @@ pub(crate) type Answer<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a
 /// Whoever keeps volumes.
 pub(crate) trait VolumeKeeper: Send + Sync {
     /// Where a volume of that name is, or would be.
-    fn place(&self, pool: &str, volume: &str) -> Option<PathBuf>;
+    fn place(&self, pool: &str, volume: &str) -> Option<VolumePlace>;
 
     /// The images of a volume that is there, its own first; what it stands on only if `whole`.
     /// Errors: `NoSuchPool`, `NoSuchVolume`, `OperationInvalid` if the pool is not active, `StorageFailed` if it stands on what is
@@ -50,11 +51,31 @@ pub(crate) trait VolumeKeeper: Send + Sync {
     fn settles(&self, pool: String) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
 }
 
+/// Where a volume is, and what it is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct VolumePlace {
+    pub path: PathBuf,
+    pub kind: VolumeKind,
+}
+
+impl VolumePlace {
+    /// Has a source of a disk lead there, and nowhere else.
+    fn put_into(&self, source: &mut DiskSource) {
+        let path = Some(self.path.to_string_lossy().into_owned());
+        (source.file, source.dev) = if self.kind == VolumeKind::Block { (None, path) } else { (path, None) };
+    }
+
+    /// What a disk there is.
+    fn disk_kind(&self) -> DiskKind {
+        if self.kind == VolumeKind::Block { DiskKind::Block } else { DiskKind::File }
+    }
+}
+
 /// An image of a volume, or of what that stands on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct VolumeImage {
     /// Where it is.
-    pub path: PathBuf,
+    pub place: VolumePlace,
     /// The volume's format.
     pub format: String,
     /// It can be read with a secret only.
@@ -146,7 +167,7 @@ impl Volumes {
     pub fn path_of(&self, image: &Path) -> Option<PathBuf> {
         let Some(named) = name_of(image) else { return Some(image.to_owned()) };
         let (pool, volume) = named.split_once('/')?;
-        self.0.get()?.place(pool, volume)
+        self.0.get()?.place(pool, volume).map(|place| place.path)
     }
 
     /// Where those images are; `None` where all are known by their paths.
@@ -160,9 +181,10 @@ impl Volumes {
         let Some(keeper) = self.0.get().filter(|_| has_volumes(def)) else { return };
         for disk in &mut Arc::make_mut(def).devices.disks {
             let Some((pool, volume)) = disk.volume() else { continue };
-            let place = keeper.place(pool, volume).map(|path| path.to_string_lossy().into_owned());
+            let place = keeper.place(pool, volume);
             let source = disk.source.get_or_insert_default();
-            (source.file, source.dev) = (place, None);
+            (source.file, source.dev) = (None, None);
+            place.iter().for_each(|place| place.put_into(source));
         }
     }
 
@@ -218,7 +240,7 @@ impl Volumes {
         disk.driver.get_or_insert_default().format.get_or_insert_with(|| format.to_owned());
         disk.backing = disk.backing.take().or(below);
         let source = disk.source.get_or_insert_default();
-        (source.file, source.dev) = (Some(own.path.to_string_lossy().into_owned()), None);
+        own.place.put_into(source);
         source.encryption = source.encryption.take().or(key);
         Ok(())
     }
@@ -254,11 +276,12 @@ fn layers(below: &[VolumeImage]) -> Option<Box<BackingStore>> {
     let mut chain = Box::<BackingStore>::default();
     for image in below.iter().rev() {
         let encryption = if image.encrypted { Some(key_of(image)?) } else { None };
-        let file = Some(image.path.to_string_lossy().into_owned());
+        let mut source = DiskSource { encryption, ..DiskSource::default() };
+        image.place.put_into(&mut source);
         chain = Box::new(BackingStore {
-            kind: Some(DiskKind::File),
+            kind: Some(image.place.disk_kind()),
             format: Some(StoreFormat { name: opened_as(&image.format).to_owned(), ..StoreFormat::default() }),
-            source: Some(DiskSource { file, encryption, ..DiskSource::default() }),
+            source: Some(source),
             backing: Some(chain),
             ..BackingStore::default()
         });

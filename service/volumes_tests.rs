@@ -1,12 +1,22 @@
 use super::*;
 use virt_model::domain::Form;
 
+/// Where that volume is: one whose name begins so is a device.
+fn place(name: &str) -> VolumePlace {
+    let kind = if name.starts_with("dev") { VolumeKind::Block } else { VolumeKind::File };
+    VolumePlace { path: Path::new("/pool").join(name), kind }
+}
+
 /// Has volume `v` of pool `p`, an overlay on `base`, which is encrypted; `idle` is inactive.
 struct Fake;
 
 fn image(name: &str, format: &str, secret: Option<&str>) -> VolumeImage {
-    let path = Path::new("/pool").join(name);
-    VolumeImage { path, format: format.to_owned(), encrypted: secret.is_some(), secret: secret.map(str::to_owned) }
+    VolumeImage {
+        place: place(name),
+        format: format.to_owned(),
+        encrypted: secret.is_some(),
+        secret: secret.map(str::to_owned),
+    }
 }
 
 impl VolumeKeeper for Fake {
@@ -14,8 +24,8 @@ impl VolumeKeeper for Fake {
         Ok(())
     }
 
-    fn place(&self, pool: &str, volume: &str) -> Option<PathBuf> {
-        (pool == "p").then(|| Path::new("/pool").join(volume))
+    fn place(&self, pool: &str, volume: &str) -> Option<VolumePlace> {
+        (pool == "p").then(|| place(volume))
     }
 
     fn find(&self, pool: &str, volume: &str, whole: bool) -> Result<Vec<VolumeImage>> {
@@ -23,6 +33,8 @@ impl VolumeKeeper for Fake {
             ("idle", _) => return Err(Error::OperationInvalid("pool 'idle' is inactive".to_owned())),
             ("p", "v") => vec![image("v", "qcow2", None), image("base", "luks", Some("key"))],
             ("p", "locked") => vec![VolumeImage { secret: None, ..image("locked", "qcow2", Some("")) }],
+            ("p", "device") => vec![image("device", "raw", None)],
+            ("p", "on-device") => vec![image("on-device", "qcow2", None), image("device", "raw", None)],
             ("p", "luks") => vec![image("luks", "luks", Some("0a81f5b2-8403-7b23-c8d6-21ccc2f80d6f"))],
             ("p", _) => return Err(Error::NoSuchVolume("pool 'p' has no such volume".to_owned())),
             _ => return Err(Error::NoSuchPool { what: "name", value: pool.to_owned() }),
@@ -87,6 +99,23 @@ fn a_volume_becomes_the_file_that_it_is_with_what_it_stands_on() {
     let said = plugged("pool='p' volume='luks'", "<driver type='qcow2'/><backingStore/>").expect("plugged");
     assert!(said.format() == Some("qcow2") && said.encryption().is_none());
     assert_eq!(said.files(), [Path::new("/pool/luks")]);
+}
+
+#[test]
+fn a_volume_that_is_a_device_is_told_as_one() {
+    let disk = plugged("pool='p' volume='device' file='/etc/shadow'", "").expect("plugged");
+    assert_eq!((disk.kind(), disk.path(), disk.format()), (DiskKind::Block, Some("/pool/device"), Some("raw")));
+    let disk = plugged("pool='p' volume='on-device'", "").expect("plugged");
+    let base = disk.backing.as_deref().expect("it stands on the device");
+    assert_eq!((base.kind, base.path()), (Some(DiskKind::Block), Some("/pool/device")));
+    let stored = machine("pool='p' volume='device'", "");
+    let mut live = stored.clone();
+    volumes().plug(&mut live).expect("plugged");
+    assert!(live.write(Form::LIVE).contains("dev='/pool/device'"));
+    assert_eq!(live.pending_changes(&stored), []);
+    let mut placed = stored.clone();
+    volumes().place(&mut placed);
+    assert_eq!(placed.devices.disks[0].kind(), DiskKind::Block);
 }
 
 #[test]

@@ -19,6 +19,8 @@ pub mod lender;
 pub mod listen;
 pub(crate) mod lock;
 pub mod look;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys")]
+pub mod lvm;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod macvtap;
 pub mod mkfs;

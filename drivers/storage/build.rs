@@ -8,6 +8,7 @@ use crate::host::mkfs::make_file_system;
 use crate::host::recognise::Signs;
 use crate::host::resolve::Place;
 use crate::host::workers::Stop;
+use std::fs::File;
 use std::io::{self, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 use virt_model::driver::DriverError;
@@ -65,27 +66,7 @@ impl BuildSite {
             )));
         };
         let device = Device::at(&source).map_err(|e| failed("open", &source, &e))?;
-        let mut file = device.alone().map_err(|e| match e.raw_os_error() {
-            Some(libc::EBUSY) => DriverError::Refused(format!(
-                "{shown}: the host uses it: unmount it, or take it out of what it is a part of (lsblk tells)"
-            )),
-            _ => failed("open", &source, &e),
-        })?;
-        if !overwrite {
-            match images()?.recognise(&file, &source)? {
-                Signs::Nothing => {}
-                Signs::Unknown => {
-                    return Err(DriverError::Refused(format!(
-                        "{shown}: something unknown is on it: say overwrite to replace that"
-                    )));
-                }
-                Signs::FileSystem(what) | Signs::Other(what) => {
-                    return Err(DriverError::Refused(format!(
-                        "{shown}: there is {what} on it: start the pool without building it, or say overwrite and lose that"
-                    )));
-                }
-            }
-        }
+        let mut file = refuse_what_is_on(&device, &source, overwrite, images)?;
         let length = file.seek(SeekFrom::End(0)).map_err(|e| failed("read", &source, &e))?;
         Ok(BuildSite { device, kind: kind.to_owned(), length, source })
     }
@@ -95,6 +76,31 @@ impl BuildSite {
         make_file_system(&self.kind, self.device.real(), stop)?;
         let dressed = self.device.root_folder(&self.kind).and_then(|root| dress(&root, def));
         dressed.map_err(|e| failed("set the owner and mode of what is on", &self.source, &e))
+    }
+}
+
+/// Refuses a device that the host uses, and without `overwrite` one on which anything is. Returns it, open to be read while nobody of
+/// the host's uses it. Blocks.
+pub fn refuse_what_is_on(
+    device: &Device,
+    path: &Path,
+    overwrite: bool,
+    images: impl FnOnce() -> Result<Images, DriverError>,
+) -> Result<File, DriverError> {
+    let shown = path.display();
+    let file = device.alone().map_err(|e| match e.raw_os_error() {
+        Some(libc::EBUSY) => DriverError::Refused(format!(
+            "{shown}: the host uses it: unmount it, or take it out of what it is a part of (lsblk tells)"
+        )),
+        _ => failed("open", path, &e),
+    })?;
+    let refuse = |what: String| Err(DriverError::Refused(format!("{shown}: {what}")));
+    match if overwrite { Signs::Nothing } else { images()?.recognise(&file, path)? } {
+        Signs::Nothing => Ok(file),
+        Signs::Unknown => refuse("something unknown is on it: say overwrite to replace that".to_owned()),
+        Signs::FileSystem(what) | Signs::Other(what) => {
+            refuse(format!("there is {what} on it: start the pool without building it, or say overwrite and lose that"))
+        }
     }
 }
 

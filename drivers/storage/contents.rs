@@ -4,10 +4,11 @@ use super::draft::Draft;
 use super::pool::FolderPool;
 use super::{failed, fill, too_many};
 use crate::host::given::Most;
-use crate::host::workers::Stop;
+use crate::host::workers::{ClosedAside, Stop};
 use crate::host::{given, lock};
+use rustix::fs::{FileType, SeekFrom, fstat, seek};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use virt_model::driver::storage::{Part, VolumeAt, Work};
@@ -39,7 +40,7 @@ impl FolderPool {
         sparse: bool,
         work: Arc<dyn Work>,
     ) -> Result<(), DriverError> {
-        given::check(&from, given::Use::Read).map_err(|e| of_client(&self.path, &e))?;
+        check_given(&self.path, &from, given::Use::Read)?;
         match part {
             Some(part) => self.upload_part(volume, from, part, sparse, work).await,
             None => self.replace(volume, from, sparse, work).await,
@@ -55,17 +56,12 @@ impl FolderPool {
         sparse: bool,
         work: Arc<dyn Work>,
     ) -> Result<(), DriverError> {
-        given::check(&to, given::Use::Write).map_err(|e| of_client(&self.path, &e))?;
+        check_given(&self.path, &to, given::Use::Write)?;
         let errand = self.errand(&volume.name).until(work.cancelled());
         let from = self.with(errand, "read", volume, |file, _| Ok((file.to_read()?, file.length()))).await?;
-        let (file, length) = (Arc::new(from.0), from.1);
-        let part = part.unwrap_or(Part { offset: 0, length: None });
-        let total = part.length.unwrap_or(room_in(volume, length, &part)?);
-        let poured = given::pour_out(file, part.offset, total, to, sparse, READER, telling(&work, total));
-        tokio::select! {
-            poured = poured => poured.map(drop).map_err(|e| of_client(&self.path.join(&volume.name), &e)),
-            () = work.cancelled().cancelled() => Err(DriverError::Cancelled),
-        }
+        let to_client =
+            Flow { name: &volume.name, path: self.path.join(&volume.name), length: from.1, part, work: &work };
+        to_client.out(Arc::new(from.0), to, sparse).await
     }
 
     /// Another file takes the place of a volume, when all of it is there.
@@ -117,31 +113,91 @@ impl FolderPool {
         let errand = self.errand(&volume.name).until(work.cancelled());
         let (file, length) =
             self.with(errand, "write", volume, |file, _| Ok((file.to_write()?, file.length()))).await?;
-        let room = room_in(volume, length, &part)?;
-        let (wanted, most) = match part.length {
-            Some(wanted) => (wanted, Most::First(wanted)),
-            None => (room, Most::Within(room)),
-        };
+        let path = self.path.join(&volume.name);
         let file = Arc::new(file);
         work.step();
-        let (tell, path) = (telling(&work, wanted), self.path.join(&volume.name));
-        let tell = move |done| {
-            tell(done);
-            Ok(())
-        };
-        let poured = given::pour_in(from, file.clone(), part.offset, most, sparse, work.cancelled(), tell).await;
-        let count = poured.map_err(|e| of_client_unless_cancelled(&path, &e, &work))?;
-        if part.length.is_some() && count < wanted {
-            let text = format!("the descriptor that was given: it has {count} bytes, and {wanted} were to be written");
-            return Err(DriverError::Argument(text));
-        }
-        let errand = self.long(&volume.name, wanted, &*work);
+        let from_client = Flow { name: &volume.name, path: path.clone(), length, part: Some(part), work: &work };
+        let written = from_client.into(from, file.clone(), sparse).await?;
+        let errand = self.long(&volume.name, written, &*work);
         let sync = move |_: &Arc<Stop>| {
             let _until_the_end = work;
             file.get().and_then(|file| file.sync_all()).map_err(|e| failed("write", &path, &e))
         };
         self.workers.run(errand, sync).await
     }
+}
+
+/// What is moved between a client and what a volume holds, in place.
+pub(super) struct Flow<'a> {
+    /// The volume.
+    pub name: &'a str,
+    /// Where that is.
+    pub path: PathBuf,
+    /// How long it is, in bytes.
+    pub length: u64,
+    /// The part that is meant; all of it, if not said.
+    pub part: Option<Part>,
+    /// What it is done for.
+    pub work: &'a Arc<dyn Work>,
+}
+
+impl Flow<'_> {
+    /// How many bytes are there from where the part begins. Error: it is not all in the volume.
+    fn room(&self, part: &Part) -> Result<u64, DriverError> {
+        let room = self.length.checked_sub(part.offset);
+        room.filter(|room| part.length.is_none_or(|wanted| wanted <= *room)).ok_or_else(|| {
+            DriverError::Argument(format!("'{}' has {} bytes: that part is not in it", self.name, self.length))
+        })
+    }
+
+    /// Writes what a client gives into the volume; how much that was. It is not synced.
+    pub async fn into(self, from: GivenFile, file: Arc<ClosedAside>, sparse: bool) -> Result<u64, DriverError> {
+        let part = self.part.unwrap_or_default();
+        let room = self.room(&part)?;
+        let (wanted, most) = match part.length {
+            Some(wanted) => (wanted, Most::First(wanted)),
+            None => (room, Most::Within(room)),
+        };
+        if part.length.is_none() && length_left(&from).is_some_and(|left| left > room) {
+            let text =
+                format!("the descriptor that was given: it has more than the {room} bytes that there is room for");
+            return Err(DriverError::Argument(text));
+        }
+        let tell = telling(self.work, wanted);
+        let tell = move |done| {
+            tell(done);
+            Ok(())
+        };
+        let poured = given::pour_in(from, file, part.offset, most, sparse, self.work.cancelled(), tell).await;
+        let count = poured.map_err(|e| of_client_unless_cancelled(&self.path, &e, self.work))?;
+        if part.length.is_some() && count < wanted {
+            let text = format!("the descriptor that was given: it has {count} bytes, and {wanted} were to be written");
+            return Err(DriverError::Argument(text));
+        }
+        Ok(count)
+    }
+
+    /// Writes what the volume holds into what a client gave.
+    pub async fn out(self, file: Arc<ClosedAside>, to: GivenFile, sparse: bool) -> Result<(), DriverError> {
+        let part = self.part.unwrap_or_default();
+        let total = part.length.unwrap_or(self.room(&part)?);
+        let poured = given::pour_out(file, part.offset, total, to, sparse, READER, telling(self.work, total));
+        tokio::select! {
+            poured = poured => poured.map(drop).map_err(|e| of_client(&self.path, &e)),
+            () = self.work.cancelled().cancelled() => Err(DriverError::Cancelled),
+        }
+    }
+}
+
+/// How many bytes a regular file has yet, from where it is read.
+fn length_left(given: &GivenFile) -> Option<u64> {
+    let stat = fstat(given).ok().filter(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)?;
+    stat.st_size.unsigned_abs().checked_sub(seek(given, SeekFrom::Current(0)).ok()?)
+}
+
+/// Refuses what a client gave, where it cannot be for that.
+pub(super) fn check_given(path: &Path, given: &GivenFile, for_what: given::Use) -> Result<(), DriverError> {
+    given::check(given, for_what).map_err(|e| of_client(path, &e))
 }
 
 /// What a client gave cannot be read, or what it holds cannot be written.
@@ -174,10 +230,4 @@ fn telling_all(work: &Arc<dyn Work>, format: &str) -> impl Fn(u64) -> io::Result
         work.progress(done, 0);
         if is_raw { work.grows(done).map_err(io::Error::other) } else { Ok(()) }
     }
-}
-
-/// How many bytes of a volume of that length are there from where a part begins. Error: that part is not all in it.
-fn room_in(volume: &VolumeAt, length: u64, part: &Part) -> Result<u64, DriverError> {
-    let room = length.checked_sub(part.offset).filter(|room| part.length.is_none_or(|wanted| wanted <= *room));
-    room.ok_or_else(|| DriverError::Argument(format!("'{}' has {length} bytes: that part is not in it", volume.name)))
 }

@@ -9,7 +9,7 @@ use crate::host::chain::format_of;
 use crate::host::given::next_data;
 use crate::host::image::{Images, TOOL_OUTPUT, named};
 use crate::host::workers::Stop;
-use rustix::fs::{FallocateFlags, Mode, OFlags, copy_file_range, fallocate, ioctl_ficlone, openat};
+use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom, copy_file_range, fallocate, ioctl_ficlone, openat, seek};
 use rustix::io::Errno;
 use std::ffi::OsString;
 use std::fs::File;
@@ -227,6 +227,53 @@ pub fn shares_blocks(folder: &PoolFolder) -> bool {
     file().and_then(|one| Ok(ioctl_ficlone(file()?, one)?)).is_ok()
 }
 
+/// How long a file is, or a block device.
+pub fn length_of(file: &impl AsFd) -> io::Result<u64> {
+    Ok(seek(file, SeekFrom::End(0))?)
+}
+
+/// Has nothing in a part of a block device, whatever was there: the kernel does that as fast as the device can. Blocks.
+pub fn blank(device: &File, from: u64, to: u64, pace: &Pace) -> io::Result<()> {
+    // No device has larger blocks.
+    const BLOCK: u64 = 4096;
+    let begins = from.next_multiple_of(BLOCK).min(to);
+    device.write_all_at(&vec![0; (begins.saturating_sub(from)) as usize], from)?;
+    let mut at = begins;
+    while at < to {
+        pace.at(at - from, to - from)?;
+        let count = (to - at).min(SPAN);
+        fallocate(device, FallocateFlags::ZERO_RANGE, at, count)?;
+        at += count;
+    }
+    Ok(())
+}
+
+/// Has a block device hold what a file does, and nothing behind that. Blocks.
+pub fn copy_into(from: &impl AsFd, device: &File, pace: &Pace) -> io::Result<()> {
+    let (length, room) = (length_of(from)?, length_of(device)?);
+    if length > room {
+        let text = format!("what is copied has {length} bytes by now, and {room} are there for it");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
+    }
+    overwrite(device, length, &mut ReadAt { from, at: 0 }, pace)?;
+    blank(device, length, room, pace)?;
+    device.sync_all()
+}
+
+/// Reads a file from its beginning, wherever somebody else reads it.
+struct ReadAt<'a, T> {
+    from: &'a T,
+    at: u64,
+}
+
+impl<T: AsFd> Read for ReadAt<'_, T> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let count = rustix::io::pread(self.from, into, self.at)?;
+        self.at += count as u64;
+        Ok(count)
+    }
+}
+
 /// Copies a file: its holes stay holes.
 fn copy(from: &impl AsFd, to: &File, reflink: Reflink, pace: &Pace) -> io::Result<()> {
     if reflink != Reflink::Never {
@@ -236,7 +283,7 @@ fn copy(from: &impl AsFd, to: &File, reflink: Reflink, pace: &Pace) -> io::Resul
             Err(_) => {}
         }
     }
-    let length = rustix::fs::fstat(from)?.st_size.unsigned_abs();
+    let length = length_of(from)?;
     to.set_len(length)?;
     let mut at = 0;
     while let Some((begin, end)) = next_data(from, at, length)? {
@@ -306,10 +353,8 @@ pub fn resize(file: &Beneath, to: NewSize, pace: &Pace) -> io::Result<()> {
     file.sync_all()
 }
 
-/// Overwrites all of a volume. Blocks.
-pub fn wipe(file: &Beneath, how: Wiping, pace: &Pace) -> io::Result<()> {
-    let (length, file) = (file.length(), file.to_write()?);
-    let file = file.get()?;
+/// Overwrites all of a volume of that length. Blocks.
+pub fn wipe(file: &File, length: u64, how: Wiping, pace: &Pace) -> io::Result<()> {
     match how {
         Wiping::Zero => overwrite(file, length, &mut io::repeat(0), pace)?,
         Wiping::Random => overwrite(file, length, &mut random()?, pace)?,

@@ -1,7 +1,10 @@
-//! Storage of this host: pools that are folders, and file systems on devices that are mounted on one.
+//! Storage of this host: pools that are folders, file systems on devices that are mounted on one, and volume groups.
 //!
 //! ```text
 //!  HostStorage ─build─▶ build.rs     the folder, and the file system on the device
+//!              ───────▶ logical.rs    the volume group: made, activated, removed
+//!                       VolumeGroup ─ group.rs    what is done to each of its volumes
+//!                                   ─ block.rs    the device of one
 //!              ─open──▶ mounts.rs    the device's file system, mounted and unmounted
 //!              ─sources─▶ sources.rs  what pools could come from
 //!                       held.rs      which folder is which pool's
@@ -17,12 +20,16 @@
 //!
 //! Each folder is far away: all of it is done in errands with a limit, and a folder that does not answer costs itself alone.
 
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys")]
+mod block;
 mod build;
 mod contents;
 mod draft;
 mod fill;
 mod folder;
+mod group;
 mod held;
+mod logical;
 mod look;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own table below /proc, and the devices that it names")]
 mod mounts;
@@ -48,7 +55,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::driver::DriverError;
-use virt_model::driver::storage::{OpenPool, PoolAbility, Storage, Work};
+use virt_model::driver::storage::{OpenPool, PoolAbility, PoolDevice, Storage, Work};
 use virt_model::storage::pool::{PoolDef, PoolKind, PoolSource};
 use virt_model::storage::source_formats;
 use virt_model::storage::volume::VolumeDef;
@@ -70,6 +77,7 @@ pub struct HostStorage {
     /// We act for others: who could have put a link somewhere counts.
     wary: bool,
     held: Held,
+    groups: logical::HeldGroups,
     search: Search,
 }
 
@@ -77,7 +85,8 @@ impl HostStorage {
     /// Whose tools run by those rights; `runtime`: a folder of ours, for what ends with us; `wary`: for others than us.
     pub fn new(rights: ToolRights, secrets: Secrets, runtime: &Path, wary: bool) -> HostStorage {
         let (workers, held, runtime) = (Workers::default(), Held::default(), runtime.to_owned());
-        HostStorage { workers, rights, secrets, runtime, wary, held, search: Search::default() }
+        let (groups, search) = (logical::HeldGroups::default(), Search::default());
+        HostStorage { workers, rights, secrets, runtime, wary, held, groups, search }
     }
 
     fn errand(def: &PoolDef, work: &dyn Work) -> Errand {
@@ -96,21 +105,29 @@ impl Storage for HostStorage {
             return Err(DriverError::Config(vec![Finding::unsupported(&def.at.attribute("type"), why)]));
         }
         let mut findings = table::refused_of_pool(def);
-        if def.kind == PoolKind::Fs {
-            findings.extend(mounts::refused(def));
-        }
+        findings.extend(match def.kind {
+            PoolKind::Fs => mounts::refused(def),
+            PoolKind::Logical => logical::refused(def),
+            _ => Vec::new(),
+        });
         if findings.is_empty() { Ok(()) } else { Err(DriverError::Config(findings)) }
     }
 
-    fn check_volume(&self, def: &VolumeDef) -> Result<(), DriverError> {
-        let findings = table::refused_of_volume(def);
+    fn check_volume(&self, pool: PoolKind, def: &VolumeDef) -> Result<(), DriverError> {
+        let mut findings = table::refused_of_volume(def);
+        if pool == PoolKind::Logical {
+            findings.extend(logical::refused_of_volume(def));
+        }
         if findings.is_empty() { Ok(()) } else { Err(DriverError::Config(findings)) }
     }
 
     async fn find_sources(&self, kind: PoolKind) -> Result<Vec<PoolSource>, DriverError> {
         match (self.ability(kind), kind) {
             (PoolAbility { lacks: None, finds_sources: true, .. }, PoolKind::Fs) => self.unused_file_systems().await,
-            (PoolAbility { lacks: Some(why), .. }, PoolKind::Fs) => Err(DriverError::Unsupported(why)),
+            (PoolAbility { lacks: None, finds_sources: true, .. }, PoolKind::Logical) => self.unused_groups().await,
+            (PoolAbility { lacks: Some(why), .. }, PoolKind::Fs | PoolKind::Logical) => {
+                Err(DriverError::Unsupported(why))
+            }
             _ => Err(DriverError::Unsupported(format!(
                 "what pools of type '{kind}' could come from is not searched here"
             ))),
@@ -119,6 +136,9 @@ impl Storage for HostStorage {
 
     async fn build(&self, def: &PoolDef, overwrite: bool, work: &dyn Work) -> Result<(), DriverError> {
         self.check(def)?;
+        if def.kind == PoolKind::Logical {
+            return self.build_group(def, overwrite, work).await;
+        }
         if overwrite && def.kind == PoolKind::Dir {
             let text =
                 "a folder has nothing that is overwritten: build it without that, and delete its volumes".to_owned();
@@ -150,6 +170,9 @@ impl Storage for HostStorage {
 
     async fn delete(&self, def: &PoolDef, work: &dyn Work) -> Result<(), DriverError> {
         self.check(def)?;
+        if def.kind == PoolKind::Logical {
+            return self.delete_group(def, work).await;
+        }
         let (path, wary) = (path_of(def), self.wary);
         work.step();
         let errand = HostStorage::errand(def, work);
@@ -159,6 +182,38 @@ impl Storage for HostStorage {
 
     async fn open(&self, def: &PoolDef, work: &dyn Work) -> Result<Arc<dyn OpenPool>, DriverError> {
         self.check(def)?;
+        match def.kind {
+            PoolKind::Logical => self.open_group(def, work).await,
+            _ => self.open_folder(def, work).await,
+        }
+    }
+
+    async fn close(&self, def: &PoolDef) -> Result<(), DriverError> {
+        match def.kind {
+            PoolKind::Fs => self.close_folder(def).await,
+            PoolKind::Logical => self.close_group(def).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn devices(&self, def: &PoolDef) -> Result<Vec<PoolDevice>, DriverError> {
+        match (def.kind, def.mounted_device().map(PathBuf::from)) {
+            (PoolKind::Logical, _) => self.devices_of_group(def).await,
+            (_, None) => Ok(Vec::new()),
+            (_, Some(path)) => {
+                let look = move |_: &Arc<Stop>| {
+                    let overlapping = sources::overlapping(&path).map_err(|e| failed("look at", &path, &e))?;
+                    Ok(vec![PoolDevice { path, overlapping }])
+                };
+                self.workers.run(Errand::new(def.uuid, def.mounted_device().unwrap_or_default()), look).await
+            }
+        }
+    }
+}
+
+impl HostStorage {
+    /// Finds the folder of a pool, on which its file system is mounted if it is on a device.
+    async fn open_folder(&self, def: &PoolDef, work: &dyn Work) -> Result<Arc<dyn OpenPool>, DriverError> {
         let (path, wary, errand, def) = (path_of(def), self.wary, HostStorage::errand(def, work), def.clone());
         let errand = if def.kind == PoolKind::Fs { Errand { limit: mounts::PATIENCE, ..errand } } else { errand };
         let (held, rights, pool) = (self.held.clone(), self.rights.clone(), def.uuid);
@@ -190,35 +245,26 @@ impl Storage for HostStorage {
         Ok(Arc::new(workers.run(errand, open).await?))
     }
 
-    async fn close(&self, def: &PoolDef) -> Result<(), DriverError> {
-        if def.mounted_device().is_none() {
-            return Ok(());
-        }
+    async fn close_folder(&self, def: &PoolDef) -> Result<(), DriverError> {
         let (path, def) = (path_of(def), def.clone());
         let errand = Errand { limit: mounts::PATIENCE, ..Errand::new(def.uuid, path.display().to_string()) };
         self.workers.run(errand, move |stop| mounts::release_of((&path, &def), stop)).await
     }
 
-    async fn overlapping(&self, def: &PoolDef) -> Result<Vec<PathBuf>, DriverError> {
-        let Some(device) = def.mounted_device().map(PathBuf::from) else { return Ok(Vec::new()) };
-        let look = move |_: &Arc<Stop>| sources::overlapping(&device).map_err(|e| failed("look at", &device, &e));
-        self.workers.run(Errand::new(def.uuid, def.mounted_device().unwrap_or_default()), look).await
-    }
-}
-
-impl HostStorage {
     /// What can be done with pools of that kind.
     fn ability(&self, kind: PoolKind) -> PoolAbility {
         let lacks = self.lacks(kind);
-        let (volume_formats, features): (&[_], &[_]) = match lacks {
-            None => (&["raw", "qcow2", "luks"], SHARING),
-            Some(_) => (&[], &[]),
+        let (volume_formats, features): (&[_], &[_]) = match (kind, lacks) {
+            (PoolKind::Logical, None) => (&["raw"], group::FEATURES),
+            (_, None) => (&["raw", "qcow2", "luks"], SHARING),
+            (_, Some(_)) => (&[], &[]),
         };
         let source_formats = match (kind, lacks) {
             (PoolKind::Fs, None) => mounts::FORMATS,
+            (PoolKind::Logical, None) => logical::FORMATS,
             _ => source_formats(kind),
         };
-        let finds_sources = kind == PoolKind::Fs && lacks.is_none();
+        let finds_sources = matches!(kind, PoolKind::Fs | PoolKind::Logical) && lacks.is_none();
         let lacks = lacks.map(str::to_owned);
         PoolAbility { kind, lacks, volume_formats, source_formats, features, finds_sources }
     }
@@ -232,7 +278,14 @@ impl HostStorage {
                 "file systems are mounted by root's virtd alone, that of the system bus: define the pool there, or mount the \
                  file system by other means, and define a pool of type 'dir' on its folder",
             ),
-            _ => Some("pools of this type are kept and shown, and not started here: only 'dir' and 'fs' are"),
+            PoolKind::Logical if self.wary => None,
+            PoolKind::Logical => Some(
+                "volume groups are activated by root's virtd alone, that of the system bus: define the pool there, or have root \
+                 give you a device",
+            ),
+            _ => {
+                Some("pools of this type are kept and shown, and not started here: only 'dir', 'fs' and 'logical' are")
+            }
         }
     }
 }

@@ -311,7 +311,19 @@ impl Device {
         Found::of(self.mount(kind)?, self.found.real.clone())?.folder()
     }
 
-    fn number(&self) -> u64 {
+    /// Opens it to be read and written, beside whoever uses it.
+    pub fn to_write(&self) -> io::Result<fs::File> {
+        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        Ok(apart(openat(rustix::fs::CWD, through(&self.found.fd), flags, Mode::empty())?)?.into())
+    }
+
+    /// Its owner, group and mode.
+    pub fn permissions(&self) -> (u32, u32, u32) {
+        (self.found.stat.st_uid, self.found.stat.st_gid, self.found.stat.st_mode & 0o7777)
+    }
+
+    /// Its number for the kernel.
+    pub fn number(&self) -> u64 {
         self.found.stat.st_rdev
     }
 

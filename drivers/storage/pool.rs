@@ -274,8 +274,10 @@ impl OpenPool for FolderPool {
         work.step();
         let errand = self.long(&volume.name, volume.capacity.max(1 << 30), &*work);
         let (tells, wiped) = (work.clone(), volume.clone());
-        self.with(errand.clone(), "wipe", volume, move |file, stop| fill::wipe(file, how, &Pace::new(&tells, stop)))
-            .await?;
+        let wipe = move |file: &Beneath, stop: &Arc<Stop>| {
+            fill::wipe(file.to_write()?.get()?, file.length(), how, &Pace::new(&tells, stop))
+        };
+        self.with(errand.clone(), "wipe", volume, wipe).await?;
         if volume.format == "raw" {
             return Ok(());
         }

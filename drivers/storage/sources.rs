@@ -74,7 +74,7 @@ impl HostStorage {
 }
 
 /// What stands for a path where errands are told apart, the same each time: one that does not come back keeps its own places alone.
-fn standing_for(path: &Path) -> Uuid {
+pub(super) fn standing_for(path: &Path) -> Uuid {
     let half = |salt: u8| {
         let mut hash = DefaultHasher::new();
         (salt, path).hash(&mut hash);
@@ -85,26 +85,38 @@ fn standing_for(path: &Path) -> Uuid {
 
 /// The block devices that have bytes of one of them, in the order of their names, without that one. Blocks.
 pub fn overlapping(device: &Path) -> io::Result<Vec<PathBuf>> {
+    of_device(device, |own| reached_from(own, &[made_from, made_of_it]))
+}
+
+/// The same without what was put together from it.
+pub fn around(device: &Path) -> io::Result<Vec<PathBuf>> {
+    of_device(device, |own| reached_from(own, &[made_from, partitions]))
+}
+
+/// What is found from where the kernel has a block device; nothing from another path. Blocks.
+fn of_device(device: &Path, find: impl FnOnce(&Path) -> io::Result<Vec<PathBuf>>) -> io::Result<Vec<PathBuf>> {
     let found = match fs::metadata(device) {
         Ok(found) if found.file_type().is_block_device() => found,
         // Who opens it says why it cannot be used.
         _ => return Ok(Vec::new()),
     };
     let (major, minor) = (rustix::fs::major(found.rdev()), rustix::fs::minor(found.rdev()));
-    overlapping_of(&fs::canonicalize(format!("/sys/dev/block/{major}:{minor}"))?)
+    find(&fs::canonicalize(format!("/sys/dev/block/{major}:{minor}"))?)
 }
 
-/// The same of the device that the kernel has there.
-fn overlapping_of(own: &Path) -> io::Result<Vec<PathBuf>> {
+/// The devices that these ways lead to, each again and again, from the one that the kernel has there.
+fn reached_from(own: &Path, ways: &[Way]) -> io::Result<Vec<PathBuf>> {
     let mut others = BTreeSet::new();
-    reach(own, made_from, &mut others)?;
-    reach(own, made_of_it, &mut others)?;
+    ways.iter().try_for_each(|way| reach(own, *way, &mut others))?;
     let named = others.iter().filter_map(|one| dev_path(one.file_name()?));
     Ok(named.collect())
 }
 
+/// From where the kernel has a device to where it has others.
+type Way = fn(&Path) -> io::Result<Vec<PathBuf>>;
+
 /// Adds all that `next` leads to, and what that leads to.
-fn reach(from: &Path, next: fn(&Path) -> io::Result<Vec<PathBuf>>, reached: &mut BTreeSet<PathBuf>) -> io::Result<()> {
+fn reach(from: &Path, next: Way, reached: &mut BTreeSet<PathBuf>) -> io::Result<()> {
     for one in next(from)? {
         if reached.insert(one.clone()) {
             reach(&one, next, reached)?;
@@ -124,7 +136,12 @@ fn made_from(device: &Path) -> io::Result<Vec<PathBuf>> {
 
 /// The partitions of a device, and what was put together from it.
 fn made_of_it(device: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut all = linked(&device.join("holders"))?;
+    Ok([linked(&device.join("holders"))?, partitions(device)?].concat())
+}
+
+/// The partitions of a device.
+fn partitions(device: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut all = Vec::new();
     for entry in fs::read_dir(device)? {
         let part = entry?.path();
         if part.join("partition").exists() {
@@ -192,11 +209,13 @@ mod tests {
         ] {
             symlink(all.join(to), all.join(link)).unwrap();
         }
-        let of = |name: &str| overlapping_of(&all.join(name)).unwrap();
+        let of = |name: &str| reached_from(&all.join(name), &[made_from, made_of_it]).unwrap();
+        let around = |name: &str| reached_from(&all.join(name), &[made_from, partitions]).unwrap();
         let paths = |names: &[&str]| names.iter().map(|name| Path::new("/dev").join(name)).collect::<Vec<_>>();
         assert_eq!(of("sda/sda2"), paths(&["sda"]));
         assert_eq!(of("sda/sda1"), paths(&["dm-0", "dm-1", "sda"]));
         assert_eq!(of("dm-1"), paths(&["dm-0", "sda", "sda1"]));
         assert_eq!(of("sda"), paths(&["dm-0", "dm-1", "sda1", "sda2"]));
+        assert_eq!((around("sda/sda1"), around("sda")), (paths(&["sda"]), paths(&["sda1", "sda2"])));
     }
 }

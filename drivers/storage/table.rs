@@ -21,7 +21,6 @@ pub enum Standing {
 use Standing::{Acts, Kept, Refused, Told};
 
 const OTHER_TYPES: &str = "of other types of pool";
-const OF_DEVICES: &str = "of pools on devices";
 const OF_THE_TOOL: &str = "as qemu-img chooses it";
 
 /// Of pools; the place of an attribute is `element/@attribute`. What is not here stands as what it is in.
@@ -35,7 +34,6 @@ const POOL: &[(&str, Standing)] = &[
     ("source/device/freeExtent", Kept(OTHER_TYPES)),
     ("source/dir", Kept(OTHER_TYPES)),
     ("source/adapter", Kept(OTHER_TYPES)),
-    ("source/name", Kept(OTHER_TYPES)),
     ("source/initiator", Kept(OTHER_TYPES)),
     ("source/protocol", Kept(OTHER_TYPES)),
     ("source/auth", Kept(OTHER_TYPES)),
@@ -52,7 +50,7 @@ const POOL: &[(&str, Standing)] = &[
 const VOLUME: &[(&str, Standing)] = &[
     ("", Acts),
     ("key", Told),
-    ("source", Refused(OF_DEVICES)),
+    ("source", Refused("of what a volume is made its pool says")),
     ("allocation", Told),
     ("physical", Told),
     ("target/permissions/label", Told),

@@ -23,6 +23,10 @@ test holds it to it. An element in brackets stands for itself and all below it.
 
 Pools of type `fs` are file systems of this host, which root's virtd alone mounts, that of the system bus: on a session bus they are
 kept and shown. They have one `<device>`; `<format type='auto'/>`, or none, is what is on it.
+
+Pools of type `logical` are volume groups of LVM, which root's virtd alone activates. Their `<name>` in `<source>`, or else that of the
+pool, is the group's; `<device>`s are what it is made of, once; `<target>` says nothing that is not so already, and its
+`<permissions>` ask for nothing: whose devices are udev says. A volume has a name and a capacity there, and its type is `block`.
 ";
 
 /// The types of pool.

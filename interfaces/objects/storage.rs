@@ -53,7 +53,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::POOL_CAPABILITIES, capabilities)
         .method(&verb::FIND_SOURCES, find_sources)
         .method(&verb::GET_VOLUME_BY_PATH, get_volume)
-        .method(&verb::GET_VOLUME_BY_KEY, get_volume)
+        .method(&verb::GET_VOLUME_BY_KEY, get_volume_by_key)
         .method(&verb::GET_QUOTA, get_quota)
         .offer(INTERFACE, FIELDS, &[("StoragePoolLifecycle", "ossss")])
 }
@@ -133,6 +133,12 @@ async fn get_volume(service: Arc<Service>, call: Call) -> Outcome {
     let body = call.body();
     let place: &str = call::read(&body)?;
     call.reply(&volume_path(&service.volume_by_path(place)?)?)
+}
+
+async fn get_volume_by_key(service: Arc<Service>, call: Call) -> Outcome {
+    let body = call.body();
+    let key: &str = call::read(&body)?;
+    call.reply(&volume_path(&service.volume_by_key(key)?)?)
 }
 
 /// No limit is the greatest number of its type.

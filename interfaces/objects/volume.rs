@@ -27,9 +27,9 @@ properties! {
     f: VolumeFacts {
         "Name" = Str(&f.name);
         "Pool" = Path(&paths::of(&ObjectRef::Pool(f.pool)));
-        "Key" = Str(&f.path);
+        "Key" = Str(&f.key);
         "Path" = Str(&f.path);
-        "Type" = Str("file");
+        "Type" = Str(f.kind);
         "Format" = Str(&f.format);
         "Capacity" = U64(f.capacity);
         "Allocation" = U64(f.allocation);

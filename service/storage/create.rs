@@ -16,7 +16,7 @@ use virt_model::driver::GivenFile;
 use virt_model::driver::storage::{Content, NewVolume, Preallocation, Qcow2Options, Reflink, Work as _};
 use virt_model::secret::{SecretName, UsageKind};
 use virt_model::storage::check_volume_name;
-use virt_model::storage::volume::{VolumeDef, VolumeKind};
+use virt_model::storage::volume::VolumeDef;
 
 /// What `CreateVolume` is told beside the document.
 #[derive(Debug, Default)]
@@ -152,11 +152,12 @@ impl Pool {
     async fn wanted(self: &Arc<Self>, caller: &Caller, xml: &str, options: CreateVolume) -> Result<Wanted> {
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let def = seat.read(xml, VolumeDef::parse).await.map_err(Error::ConfigInvalid)?;
-        let checked = self.shared.host.storage.check_volume(&def);
+        let kind = lock(&self.state).running().kind;
+        let checked = self.shared.host.storage.check_volume(kind, &def);
         checked.map_err(|e| Error::from_driver_of(ObjectKind::Volume, &def.name, "make", e))?;
         let unsupported = |why: String| Error::ConfigUnsupported(format!("cannot make volume '{}': {why}", def.name));
-        if def.kind.is_some_and(|kind| kind != VolumeKind::File) {
-            return Err(unsupported("in a pool of files each is of type 'file'".to_owned()));
+        if def.kind.is_some_and(|said| said != kind.volume_kind()) {
+            return Err(unsupported(format!("in a pool of type '{kind}' each is of type '{}'", kind.volume_kind())));
         }
         let target = def.target.as_ref();
         let own = self.target().join(&def.name);

@@ -25,7 +25,7 @@ pub(super) enum Occasion {
 
 impl Pool {
     /// Makes it usable, as that definition says. For who has the turn. On failure it is inactive, and nothing is left on the host of
-    /// what was begun; one that was mounted when virtd was last here is inaccessible, and what is mounted stays.
+    /// what was begun; one that was attached when virtd was last here is inaccessible, and what is mounted, or active, stays.
     pub(super) async fn bring_up(
         self: &Arc<Self>,
         def: Arc<PoolDef>,
@@ -35,7 +35,7 @@ impl Pool {
     ) -> Result<()> {
         self.commit(Vec::new(), |state| state.phase = Phase::Starting);
         let started = async {
-            self.keep_device("start", &def).await?;
+            self.keep_devices("start", &def).await?;
             if on == Occasion::Anew {
                 self.refuse_device_in_use("start", &def, true).await?;
             }
@@ -54,7 +54,7 @@ impl Pool {
         match started {
             Ok(()) => self.commit(vec![("started", "booted")], |state| state.phase = Phase::Running),
             // Guests may run on what is mounted still.
-            Err(_) if on == Occasion::Again && def.mounted_device().is_some() => {
+            Err(_) if on == Occasion::Again && def.kind.is_attached() => {
                 self.commit(Vec::new(), |state| (state.phase, state.live) = (Phase::Inaccessible, Some(def)));
             }
             Err(_) => self.goes_down(on).await,

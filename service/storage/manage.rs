@@ -57,6 +57,12 @@ impl Service {
         pool.find_volume(&name)
     }
 
+    /// The volume that is known by a key: a path, or what stays when it has another name.
+    pub fn volume_by_key(&self, key: &str) -> Result<Volume> {
+        let found = self.pools.registry.all().into_iter().find_map(|pool| pool.volume_with_key(key));
+        found.map_or_else(|| self.volume_by_path(key), Ok)
+    }
+
     /// What this host can do with each kind of pool.
     pub fn pool_abilities(&self) -> Vec<PoolAbility> {
         self.shared.host.storage.kinds()
@@ -69,7 +75,7 @@ impl Service {
         let known = PoolKind::ALL.iter().find(|known| known.as_str() == kind).copied();
         let kind =
             known.ok_or_else(|| Error::InvalidArgument(format!("there is no type of pool '{}'", shorten(kind))))?;
-        if kind == PoolKind::Fs && !xml.is_empty() {
+        if matches!(kind, PoolKind::Fs | PoolKind::Logical) && !xml.is_empty() {
             let text =
                 format!("a search for what pools of type '{kind}' could come from has no document: leave it empty");
             return Err(Error::InvalidArgument(text));
@@ -80,10 +86,12 @@ impl Service {
         })?;
         let mut unused = Vec::new();
         for source in found {
-            let used = async |path: &str| !self.shared.images.machines_on(Path::new(path), false).await.is_empty();
-            match source.devices.first() {
-                Some(device) if used(&device.path).await => {}
-                _ => unused.push(source),
+            let mut is_used = false;
+            for device in &source.devices {
+                is_used |= !self.shared.images.machines_on(Path::new(&device.path), false).await.is_empty();
+            }
+            if !is_used {
+                unused.push(source);
             }
         }
         Ok(unused)
@@ -243,7 +251,7 @@ fn enter(shared: &Arc<Shared>, pools: &Arc<Pools>, seed: PoolSeed) -> Arc<Pool> 
         autostart: note.autostart,
         phase: Phase::Inactive,
         open: None,
-        device: None,
+        devices: Vec::new(),
         follows: None,
         room: Room::default(),
         refreshed_usec: 0,

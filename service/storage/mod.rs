@@ -54,7 +54,8 @@ use tokio_util::sync::DropGuard;
 use uuid::Uuid;
 use virt_model::driver::DriverError;
 use virt_model::driver::storage::{FileId, OpenPool, Room, VolumeLook};
-use virt_model::storage::pool::PoolDef;
+use virt_model::storage::pool::{PoolDef, PoolKind};
+use virt_model::storage::volume::VolumeKind;
 
 /// A storage pool, from its definition to its end.
 pub struct Pool {
@@ -90,8 +91,8 @@ struct State {
     autostart: bool,
     phase: Phase,
     open: Option<Arc<dyn OpenPool>>,
-    /// Its device, which is no machine's until the pool is inactive.
-    device: Option<Taken>,
+    /// Its devices, which are no machine's until the pool is inactive.
+    devices: Vec<Taken>,
     /// Ends, when it is dropped, what follows the pool's changes.
     follows: Option<DropGuard>,
     room: Room,
@@ -319,7 +320,7 @@ impl Pool {
     }
 
     fn facts_of(&self, state: &State) -> PoolFacts {
-        let running = state.live.as_ref().unwrap_or(&state.def);
+        let running = state.running();
         let abilities = self.shared.host.storage.kinds();
         let ability = abilities.iter().find(|ability| ability.kind == running.kind);
         PoolFacts {
@@ -348,9 +349,18 @@ impl Pool {
 }
 
 impl State {
+    /// What it runs with, or would.
+    fn running(&self) -> &Arc<PoolDef> {
+        self.live.as_ref().unwrap_or(&self.def)
+    }
+
     fn target(&self) -> PathBuf {
-        let running = self.live.as_ref().unwrap_or(&self.def);
-        PathBuf::from(running.target_path().unwrap_or_default())
+        PathBuf::from(self.running().target_path().unwrap_or_default())
+    }
+
+    /// What its volumes are.
+    fn volume_kind(&self) -> VolumeKind {
+        self.running().kind.volume_kind()
     }
 
     /// It is lost; not if that is since it is being stopped.
@@ -364,7 +374,7 @@ impl State {
     fn set_inactive(&mut self) {
         self.gone = !self.persistent;
         (self.phase, self.open, self.live, self.follows) = (Phase::Inactive, None, None, None);
-        self.device = None;
+        self.devices.clear();
         (self.room, self.unnameable) = (Room::default(), 0);
     }
 
@@ -403,13 +413,18 @@ impl State {
     fn problems(&self) -> Vec<(&'static str, String)> {
         let mut problems = Vec::new();
         if self.phase == Phase::Inaccessible {
-            let device = self.live.as_ref().and_then(|live| live.mounted_device());
-            let text = match device {
-                Some(device) => format!(
+            let running = self.running();
+            let text = match (running.kind, running.mounted_device()) {
+                (_, Some(device)) => format!(
                     "the file system of {device} is not mounted on its folder any more, or cannot be read: refresh the pool to \
                      have it there again, or stop the pool"
                 ),
-                None => "what it is made of is not there any more: see to it, and refresh or stop the pool".to_owned(),
+                (PoolKind::Logical, None) => format!(
+                    "its volume group '{}' is not active any more, or cannot be read ('vgs' tells more): refresh the pool to have \
+                     it there again, or stop the pool",
+                    running.source_name()
+                ),
+                _ => "what it is made of is not there any more: see to it, and refresh or stop the pool".to_owned(),
             };
             problems.push(("inaccessible", text));
         }

@@ -5,7 +5,7 @@ use super::{Phase, Pool, Pools, StartPool};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::lock::lock;
-use crate::volumes::{self, Answer, VolumeImage, VolumeKeeper};
+use crate::volumes::{self, Answer, VolumeImage, VolumeKeeper, VolumePlace};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -24,11 +24,15 @@ impl Keeper {
 }
 
 impl VolumeKeeper for Keeper {
-    fn place(&self, pool: &str, volume: &str) -> Option<PathBuf> {
-        let target = self.pool(pool).ok()?.target();
+    fn place(&self, pool: &str, volume: &str) -> Option<VolumePlace> {
+        let pool = self.pool(pool).ok()?;
+        let (target, kind) = {
+            let state = lock(&pool.state);
+            (state.target(), state.volume_kind())
+        };
         // A name that leads elsewhere is none of a volume.
         let plain = Path::new(volume).file_name().is_some_and(|name| name == volume);
-        (plain && target.is_absolute()).then(|| target.join(volume))
+        (plain && target.is_absolute()).then(|| VolumePlace { path: target.join(volume), kind })
     }
 
     fn find(&self, pool: &str, volume: &str, whole: bool) -> Result<Vec<VolumeImage>> {
@@ -150,7 +154,7 @@ impl Pool {
         };
         let secret = state.noted.get(&row.look.id).and_then(|noted| noted.secret.as_ref());
         Ok(VolumeImage {
-            path,
+            place: VolumePlace { path, kind: state.volume_kind() },
             format: row.look.format.clone(),
             encrypted: row.look.encrypted,
             secret: secret.map(|secret| secret.named.clone()),

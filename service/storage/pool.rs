@@ -14,11 +14,11 @@ use crate::lock::lock;
 use crate::object::Usage;
 use crate::store::{Folder, on_disk};
 use crate::verb::{self, Verb};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
-use virt_model::driver::storage::Work;
+use virt_model::driver::storage::{PoolDevice, Work};
 use virt_model::storage::pool::PoolDef;
+use virt_model::storage::volume::VolumeKind;
 
 /// How a pool is started.
 #[derive(Clone, Copy, Debug, Default)]
@@ -126,7 +126,7 @@ impl Pool {
             match lost {
                 // What is there now may be another folder, or is not mounted.
                 Some(def) => {
-                    pool.keep_device("refresh", &def).await?;
+                    pool.keep_devices("refresh", &def).await?;
                     pool.refuse_device_in_use("refresh", &def, true).await?;
                     pool.opens(def, &*work).await?;
                 }
@@ -142,7 +142,7 @@ impl Pool {
         let begun = self.job(caller, &verb::POOL_BUILD, departs, async { Ok(()) }).await?;
         begun.and_then_run(move |pool, work| async move {
             let def = lock(&pool.state).def.clone();
-            let _until_it_is_built = pool.take_device("build", &def).await?;
+            let _until_it_is_built = pool.take_devices("build", &def).await?;
             pool.builds(&def, overwrite, &*work).await?;
             fail_point::reached();
             pool.commit(vec![("built", "")], |_| {});
@@ -157,41 +157,46 @@ impl Pool {
         built.map_err(|e| self.failed("build", e))
     }
 
-    /// Takes its device, so that no machine gets it: to be done before it is asked which machine has it. For who has the turn.
-    async fn take_device(&self, deed: &str, def: &PoolDef) -> Result<Option<Taken>> {
-        let Some(device) = def.mounted_device() else { return Ok(None) };
-        let overlapping = self.shared.host.storage.overlapping(def).await.map_err(|e| self.failed(deed, e))?;
-        let whose = format!("pool '{}', which is to be stopped first,", self.name);
-        let taken = self.shared.images.take_device(Path::new(device), overlapping, whose).await;
-        let has_it = |by| Error::InUse(format!("cannot {deed} pool '{}': {by} has its device {device}", self.name));
-        taken.map(Some).map_err(has_it)
+    /// Takes its devices, so that no machine gets them: to be done before it is asked which machine has one. For who has the turn.
+    async fn take_devices(&self, deed: &str, def: &PoolDef) -> Result<Vec<Taken>> {
+        let mut all = Vec::new();
+        for PoolDevice { path, overlapping } in self.devices_of(deed, def).await? {
+            let whose = format!("pool '{}', which is to be stopped first,", self.name);
+            let taken = self.shared.images.take_device(&path, overlapping, whose).await;
+            all.push(taken.map_err(|by| {
+                Error::InUse(format!("cannot {deed} pool '{}': {by} has its device {}", self.name, path.display()))
+            })?);
+        }
+        Ok(all)
+    }
+
+    async fn devices_of(&self, deed: &str, def: &PoolDef) -> Result<Vec<PoolDevice>> {
+        self.shared.host.storage.devices(def).await.map_err(|e| self.failed(deed, e))
     }
 
     /// The same until it is inactive.
-    pub(super) async fn keep_device(&self, deed: &str, def: &PoolDef) -> Result<()> {
-        if lock(&self.state).device.is_some() {
+    pub(super) async fn keep_devices(&self, deed: &str, def: &PoolDef) -> Result<()> {
+        if !lock(&self.state).devices.is_empty() {
             return Ok(());
         }
-        let taken = self.take_device(deed, def).await?;
-        lock(&self.state).device = taken;
+        let taken = self.take_devices(deed, def).await?;
+        lock(&self.state).devices = taken;
         Ok(())
     }
 
-    /// Refuses to mount, or to overwrite, a device of which a machine's disk has bytes. `running`: of a machine that runs.
+    /// Refuses to use, or to overwrite, a device of which a machine's disk has bytes. `running`: of a machine that runs.
     pub(super) async fn refuse_device_in_use(&self, deed: &str, def: &PoolDef, running: bool) -> Result<()> {
-        let Some(device) = def.mounted_device() else { return Ok(()) };
-        let mut all = vec![PathBuf::from(device)];
-        all.extend(self.shared.host.storage.overlapping(def).await.map_err(|e| self.failed(deed, e))?);
-        for one in all {
-            let machines = self.shared.images.machines_on(&one, running).await;
-            if machines.is_empty() {
-                continue;
+        for PoolDevice { path, overlapping } in self.devices_of(deed, def).await? {
+            let others = overlapping.iter().map(|one| (one, format!(", of which {} has bytes,", one.display())));
+            for (one, has) in [(&path, String::new())].into_iter().chain(others) {
+                let machines = self.shared.images.machines_on(one, running).await;
+                if !machines.is_empty() {
+                    let (name, device, machines) = (&self.name, path.display(), machines.join(", "));
+                    return Err(Error::InUse(format!(
+                        "cannot {deed} pool '{name}': its device {device}{has} is used by {machines}"
+                    )));
+                }
             }
-            let (name, machines, one) = (&self.name, machines.join(", "), one.display());
-            let has = if one.to_string() == device { String::new() } else { format!(", of which {one} has bytes,") };
-            return Err(Error::InUse(format!(
-                "cannot {deed} pool '{name}': its device {device}{has} is used by {machines}"
-            )));
         }
         Ok(())
     }
@@ -201,6 +206,15 @@ impl Pool {
         let begun = self.job(caller, &verb::POOL_DELETE, departs, async { Ok(()) }).await?;
         begun.and_then_run(move |pool, work| async move {
             let def = lock(&pool.state).def.clone();
+            // To remove a folder writes to no device, whatever is mounted there.
+            let writes_devices = def.kind.volume_kind() == VolumeKind::Block;
+            let _until_it_is_removed = match writes_devices {
+                true => pool.take_devices("delete", &def).await?,
+                false => Vec::new(),
+            };
+            if writes_devices {
+                pool.refuse_device_in_use("delete", &def, true).await?;
+            }
             let removed = pool.shared.host.storage.delete(&def, &*work).await;
             removed.map_err(|e| pool.failed("delete", e))?;
             fail_point::reached();
@@ -210,7 +224,7 @@ impl Pool {
     }
 
     /// It is not used any more. What is in it stays, and so does who uses it: a folder is no mount. What was mounted for it is
-    /// unmounted, and not while a guest runs on it.
+    /// unmounted, and what was activated deactivated, and neither while a guest runs on it.
     pub async fn destroy(self: &Arc<Self>, caller: &Caller) -> Result<()> {
         frames::short(self, caller, &verb::POOL_DESTROY, async {
             self.refuse_busy()?;
@@ -248,7 +262,7 @@ impl Pool {
             let state = lock(&self.state);
             (state.open.clone(), state.live.clone())
         };
-        if live.as_ref().is_some_and(|live| live.mounted_device().is_some()) {
+        if live.as_ref().is_some_and(|live| live.kind.is_attached()) {
             self.refuse_users("stop", &self.users(), |user| user.how == Usage::Live)?;
         }
         let Some(open) = open else {

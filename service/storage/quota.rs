@@ -234,6 +234,8 @@ mod tests {
 
     fn there(holdings: &Holdings, name: &str, owner: u32, capacity: u64) {
         let facts = VolumeFacts {
+            key: String::new(),
+            kind: "file",
             pool: Uuid::from_u128(7),
             name: name.to_owned(),
             path: String::new(),

@@ -210,6 +210,8 @@ impl Pool {
             pool: self.uuid,
             name: name.to_string(),
             path: path.display().to_string(),
+            key: look.key.clone().unwrap_or_else(|| path.display().to_string()),
+            kind: state.volume_kind().as_str(),
             format: look.format.clone(),
             capacity: look.capacity,
             allocation: look.allocation,

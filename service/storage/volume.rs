@@ -16,7 +16,7 @@ use crate::turn::Turn;
 use crate::uses::{Need, Needed};
 use crate::verb::{self, Verb};
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use tokio_util::sync::CancellationToken;
 use virt_model::device::source::{Encryption, EncryptionFormat, SecretKind, SecretRef};
@@ -110,7 +110,17 @@ impl Pool {
         Some(self.handle(name, false))
     }
 
-    /// The same. Error: there is none.
+    /// The volume that has such a key beside its path, if there is one.
+    pub(super) fn volume_with_key(self: &Arc<Self>, key: &str) -> Option<Volume> {
+        let name = {
+            let state = lock(&self.state);
+            let row = state.volumes.iter().find(|(_, row)| row.look.key.as_deref() == Some(key))?;
+            row.0.clone()
+        };
+        Some(self.handle(name, false))
+    }
+
+    /// The same by its name. Error: there is none.
     pub fn find_volume(self: &Arc<Self>, name: &str) -> Result<Volume> {
         self.volume(name).ok_or_else(|| self.no_volume(name))
     }
@@ -157,7 +167,8 @@ impl Volume {
         frames::beside(self, caller, &verb::VOLUME_XML, async {
             let (look, noted) = (self.look()?, self.pool.noted_of(&self.name));
             let secret = noted.and_then(|(_, secret)| secret);
-            Ok(document(&look, &self.path(), secret.as_ref()).write())
+            let kind = lock(&self.pool.state).volume_kind();
+            Ok(document(kind, &look, &self.path(), secret.as_ref()).write())
         })
         .await
     }
@@ -276,7 +287,7 @@ impl Volume {
         self.job(caller, &verb::VOLUME_RESIZE, to.cancel_on_disconnect, move |volume, work| async move {
             if let Some(guest) = volume.shared().images.guest_on(&volume.path()).await {
                 work.has_reserved(volume.reserve_more("resize", by, to.capacity)?);
-                return volume.resize_through(guest, to, work.cancelled()).await;
+                return volume.resize_through(guest, to, &work).await;
             }
             work.holds(volume.alone("resize").await?);
             volume.refuse_to_change("resize").await?;
@@ -288,8 +299,8 @@ impl Volume {
         .await
     }
 
-    /// Has the guest that runs on it resize it, which then sees that.
-    async fn resize_through(&self, guest: GuestDisk, to: NewCapacity, give_up: &CancellationToken) -> Result<()> {
+    /// Has the guest that runs on it resize it, which then sees that. A device has that size first.
+    async fn resize_through(&self, guest: GuestDisk, to: NewCapacity, work: &Arc<JobWork>) -> Result<()> {
         let (now, name, images) = (self.look()?.capacity, &self.name, &self.shared().images);
         let refuse = |why: &str| {
             let text = format!("cannot resize volume '{name}': {} runs on it, and {why}", guest.whose);
@@ -303,7 +314,12 @@ impl Volume {
                 "blocks are taken for it only while nobody writes it; leave out allocate, or shut it down first",
             );
         }
-        images.resize_through(&guest, to.capacity, give_up).await
+        if lock(&self.pool.state).volume_kind() == VolumeKind::Block {
+            let size = NewSize { capacity: to.capacity, shrink: false, allocate: false };
+            let resized = self.pool.opened()?.resize(&self.at()?, size, work.clone()).await;
+            resized.map_err(|e| self.failed("resize", e))?;
+        }
+        images.resize_through(&guest, to.capacity, work.cancelled()).await
     }
 
     /// Overwrites all that it holds.
@@ -333,13 +349,14 @@ impl Volume {
             work.holds(volume.alone("overwrite").await?);
             volume.refuse_to_change("overwrite").await?;
             let open = volume.pool.opened()?;
-            let at = if part.is_some() { volume.whole()? } else { volume.only()? };
+            let in_place = part.is_some() || lock(&volume.pool.state).volume_kind() == VolumeKind::Block;
+            let at = if in_place { volume.whole()? } else { volume.only()? };
             // How much is new is known when it has been read.
             work.has_reserved(volume.reserve_more("overwrite", by, 0)?);
             let upload = open.upload(&at, from, part, sparse, work.clone());
-            let written = if part.is_some() { volume.overwritten(&at, &work, upload).await } else { upload.await };
+            let written = if in_place { volume.overwritten(&at, &work, upload).await } else { upload.await };
             written.map_err(|e| volume.failed("overwrite", e))?;
-            if part.is_none() { volume.is_replaced(&at).await } else { Ok(()) }
+            if in_place { Ok(()) } else { volume.is_replaced(&at).await }
         })
         .await
     }
@@ -654,7 +671,7 @@ fn reference_to(secret: &NotedSecret) -> SecretRef {
 }
 
 /// The document of a volume that is there.
-fn document(look: &VolumeLook, path: &std::path::Path, secret: Option<&NotedSecret>) -> VolumeDef {
+fn document(kind: VolumeKind, look: &VolumeLook, path: &Path, secret: Option<&NotedSecret>) -> VolumeDef {
     let format = |name: &str| Some(FormatDoc { kind: name.to_owned(), ..FormatDoc::default() });
     let (owner, group, mode) = look.permissions;
     let permissions = Permissions {
@@ -683,9 +700,9 @@ fn document(look: &VolumeLook, path: &std::path::Path, secret: Option<&NotedSecr
         ..VolumeBacking::default()
     });
     VolumeDef {
-        kind: Some(VolumeKind::File),
+        kind: Some(kind),
         name: look.name.clone(),
-        key: Some(text),
+        key: look.key.clone().or(Some(text)),
         capacity: Some(Bytes(look.capacity)),
         allocation: Some(Bytes(look.allocation)),
         physical: Some(Bytes(look.physical)),

@@ -32,6 +32,7 @@ mod stats;
 mod storage;
 mod storage_disks;
 mod storage_fs;
+mod storage_logical;
 mod storage_nbd;
 mod storage_quotas;
 mod storage_volumes;

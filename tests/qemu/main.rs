@@ -43,5 +43,6 @@ mod system;
 mod taken;
 mod undefine;
 mod unread;
+mod volume_group;
 mod volumes;
 mod whole_machine;

@@ -1,8 +1,9 @@
-//! Devices that are taken from a host's drivers and given back, by a real kernel: the host is the Linux guest with an IOMMU, in which
-//! this program runs once more.
+//! What a host needs a kernel of its own for: devices that are taken from its drivers and given back, and volume groups. The host is
+//! the Linux guest with an IOMMU, in which this program runs once more.
 
 use crate::common::guest::lin_files;
 use crate::common::have;
+use crate::volume_group;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use std::fs;
 use std::io::Write as _;
@@ -19,7 +20,7 @@ use virt_model::nodedev::NodeDevice;
 /// On the kernel's command line of the guest.
 const INSIDE: &str = "guest.takes";
 /// What this program says there when all has been done.
-const DONE: &str = "all has been taken and given back";
+const DONE: &str = "all has been done by a real kernel";
 const CARD: &str = "pci_0000_00_05_0";
 const DRIVER: &str = "e1000e";
 
@@ -28,21 +29,23 @@ const INIT: &str = "#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin:/sbin
 mount -t devtmpfs d /dev; mount -t proc p /proc; mount -t sysfs s /sys
-for m in $(cat /lib/mod/carried); do insmod /lib/mod/$m.ko; done
-/sbin/test --exact taken::a_card_and_a_macvtap_are_taken_and_given_back_by_a_real_kernel --nocapture
+mkdir -p /run/lock
+for m in loop $(cat /lib/mod/carried); do insmod /lib/mod/$m.ko; done
+/sbin/test --exact taken::cards_macvtaps_and_volume_groups_live_by_a_real_kernel --nocapture
 poweroff -f
 ";
 
 #[tokio::test]
-async fn a_card_and_a_macvtap_are_taken_and_given_back_by_a_real_kernel() {
+async fn cards_macvtaps_and_volume_groups_live_by_a_real_kernel() {
     if fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.contains(INSIDE)) {
         let devices = LinuxDevices::new(Claims::default(), true);
         let card = is_there(&devices).await;
         a_card_goes_to_vfio_and_comes_back(&devices, &card).await;
         a_macvtap_is_made_and_goes();
+        volume_group::is_a_pool().await;
         return println!("{DONE}");
     }
-    if !have(&["ip", "strip", "timeout"]) {
+    if !have(&["ip", "lvm", "strip", "timeout"]) {
         return;
     }
     let Some((kernel, initrd)) = lin_files() else { return };
@@ -66,17 +69,14 @@ async fn a_card_and_a_macvtap_are_taken_and_given_back_by_a_real_kernel() {
     assert!(said.contains(DONE), "{said}");
 }
 
-/// What is put over the guest's own files, as the kernel unpacks it: this program, `ip`, and the libraries of both.
+/// What is put over the guest's own files, as the kernel unpacks it: this program, `ip`, `lvm`, and the libraries of each.
 fn more_of_it(folder: &Path) -> Vec<u8> {
     let test = folder.join("test");
     let own = std::env::current_exe().expect("this program");
     assert!(Command::new("strip").arg("-o").arg(&test).arg(own).status().expect("strip").success());
-    let found = Command::new("sh").args(["-c", "PATH=$PATH:/usr/sbin:/sbin; command -v ip"]).output();
-    let found = found.expect("a shell").stdout;
-    let ip = PathBuf::from(String::from_utf8_lossy(&found).trim());
     let mut files = vec![("init".to_owned(), INIT.as_bytes().to_vec())];
-    for (name, program) in [("sbin/test", &test), ("usr/sbin/ip", &ip)] {
-        files.push((name.to_owned(), fs::read(program).expect("a program")));
+    for (name, program) in [("sbin/test", test), ("usr/sbin/ip", found("ip")), ("sbin/lvm", found("lvm"))] {
+        files.push((name.to_owned(), fs::read(&program).expect("a program")));
         let told = Command::new("ldd").arg(program).output().expect("ldd").stdout;
         let told = String::from_utf8_lossy(&told).into_owned();
         let libraries = told.split_whitespace().filter(|word| word.starts_with('/'));
@@ -92,6 +92,13 @@ fn more_of_it(folder: &Path) -> Vec<u8> {
     }
     entry(&mut archive, 0, "TRAILER!!!", &[]);
     archive
+}
+
+/// Where a program of this host is.
+fn found(program: &str) -> PathBuf {
+    let look = format!("PATH=$PATH:/usr/sbin:/sbin; command -v {program}");
+    let found = Command::new("sh").args(["-c", &look]).output().expect("a shell").stdout;
+    PathBuf::from(String::from_utf8_lossy(&found).trim())
 }
 
 /// One entry of a cpio archive in the format "newc".

@@ -33,8 +33,8 @@ pub trait Storage: Send + Sync {
     /// Refuses a pool that [`Storage::open`] would refuse, whatever is on the host. Waits for nothing.
     fn check(&self, def: &PoolDef) -> Result<(), DriverError>;
 
-    /// Refuses a volume whose document asks for what no volume can be here. Waits for nothing.
-    fn check_volume(&self, def: &VolumeDef) -> Result<(), DriverError>;
+    /// Refuses a volume whose document asks for what no volume of such a pool can be here. Waits for nothing.
+    fn check_volume(&self, pool: PoolKind, def: &VolumeDef) -> Result<(), DriverError>;
 
     /// What pools of that kind could come from, of what nobody on the host uses. Error: `Unsupported` where that is not searched.
     async fn find_sources(&self, kind: PoolKind) -> Result<Vec<PoolSource>, DriverError>;
@@ -52,9 +52,18 @@ pub trait Storage: Send + Sync {
     /// The same as [`OpenPool::close`] for a pool that a virtd before this one opened, and this one could not.
     async fn close(&self, def: &PoolDef) -> Result<(), DriverError>;
 
-    /// Other block devices that have bytes of a pool's own: the disk that it is a part of, its partitions, and what it is made from
-    /// or of. Error: that cannot be told.
-    async fn overlapping(&self, def: &PoolDef) -> Result<Vec<PathBuf>, DriverError>;
+    /// The block devices that a pool is on, whose bytes are nobody else's while it is active. Error: that cannot be told.
+    async fn devices(&self, def: &PoolDef) -> Result<Vec<PoolDevice>, DriverError>;
+}
+
+/// A block device that a pool is on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolDevice {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Others that have bytes of it: the disk that it is a part of, its partitions, and what it is made from. What is made of it is
+    /// among them as far as it is no volume of the pool's.
+    pub overlapping: Vec<PathBuf>,
 }
 
 /// A pool that is usable.
@@ -87,7 +96,9 @@ pub trait OpenPool: Send + Sync {
     /// Overwrites all that it holds; its size and format stay.
     async fn wipe(&self, volume: &VolumeAt, how: Wiping, work: Arc<dyn Work>) -> Result<(), DriverError>;
 
-    /// Writes what is read of a file: all of it is the volume then, or, with a `part`, that part of it is.
+    /// Writes what is read of a file: all of it is the volume then, or, with a `part`, that part of it is. What is a
+    /// [block device](crate::storage::volume::VolumeKind::Block) is always written in place, and stays as long as it is: behind what
+    /// was read are zeroes then.
     async fn upload(
         &self,
         volume: &VolumeAt,
@@ -214,6 +225,8 @@ pub struct VolumeLook {
     pub name: String,
     /// Which file it is.
     pub id: FileId,
+    /// By which it is known on the host, whatever it is called; its path where there is nothing better.
+    pub key: Option<String>,
     /// Its format, as it is known or else as it begins.
     pub format: String,
     /// What a guest sees, in bytes.
@@ -376,8 +389,8 @@ pub struct NewSize {
     pub allocate: bool,
 }
 
-/// A part of a volume.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A part of a volume; all of it, if nothing is said.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Part {
     /// Where it begins, in bytes.
     pub offset: u64,

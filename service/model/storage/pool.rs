@@ -1,6 +1,7 @@
 //! `<pool>`: where volumes are, and how one comes to them.
 
 use super::Bytes;
+use super::volume::VolumeKind;
 use super::{FormatDoc, PathDoc, Permissions, check, read_root, unless_found, write_root};
 use crate::device::source::{Initiator, SecretRef};
 use crate::domain::part::element;
@@ -49,6 +50,24 @@ choices! {
         Gluster = "gluster",
         Zfs = "zfs",
         Vstorage = "vstorage",
+    }
+}
+
+impl PoolKind {
+    /// What the volumes of such a pool are.
+    pub fn volume_kind(self) -> VolumeKind {
+        match self {
+            PoolKind::Dir | PoolKind::Fs | PoolKind::Netfs | PoolKind::Vstorage => VolumeKind::File,
+            PoolKind::Logical | PoolKind::Disk | PoolKind::Iscsi | PoolKind::Scsi | PoolKind::Mpath | PoolKind::Zfs => {
+                VolumeKind::Block
+            }
+            PoolKind::IscsiDirect | PoolKind::Rbd | PoolKind::Sheepdog | PoolKind::Gluster => VolumeKind::Network,
+        }
+    }
+
+    /// Whether its volumes go from the host when the pool is stopped: it is mounted, or activated, until then.
+    pub fn is_attached(self) -> bool {
+        matches!(self, PoolKind::Fs | PoolKind::Logical)
     }
 }
 
@@ -192,6 +211,11 @@ impl PoolDef {
             (None, PoolKind::Mpath) => Some("/dev/mapper".to_owned()),
             (None, _) => None,
         }
+    }
+
+    /// The devices that its document names.
+    pub fn named_devices(&self) -> impl Iterator<Item = &str> {
+        self.source.iter().flat_map(|source| &source.devices).map(|device| &*device.path)
     }
 
     /// The device whose file system is mounted for it, if that is what it is.
