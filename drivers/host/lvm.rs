@@ -94,6 +94,8 @@ pub enum Change<'a> {
     Activate,
     /// None has.
     Deactivate,
+    /// That volume has none.
+    DeactivateVolume(&'a LogicalName),
     /// It is made, of these devices.
     MakeGroup(&'a [PathBuf]),
     /// It is removed; what is in it keeps it.
@@ -178,6 +180,7 @@ impl Change<'_> {
         match self {
             Change::Activate => words(&["vgchange", "--activate", "y"], &own),
             Change::Deactivate => words(&["vgchange", "--activate", "n"], &own),
+            Change::DeactivateVolume(name) => words(&["lvchange", "--activate", "n"], &[volume(name)]),
             Change::MakeGroup(devices) => {
                 let devices = devices.iter().map(|device| device.display().to_string());
                 words(&["vgcreate", "--yes"], &own.into_iter().chain(devices).collect::<Vec<_>>())

@@ -15,6 +15,7 @@ fn the_tool_is_told_what_is_changed_and_takes_no_name_for_an_option() {
     for (change, told) in [
         (Change::Activate, "vgchange --activate y -- vg0"),
         (Change::Deactivate, "vgchange --activate n -- vg0"),
+        (Change::DeactivateVolume(&a), "lvchange --activate n -- vg0/a"),
         (Change::MakeGroup(&devices), "vgcreate --yes -- vg0 /dev/sdb /dev/sdc1"),
         (Change::RemoveGroup, "vgremove -- vg0"),
         (Change::Release(&devices[0]), "pvremove -- /dev/sdb"),

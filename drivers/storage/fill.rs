@@ -237,7 +237,7 @@ pub fn blank(device: &File, from: u64, to: u64, pace: &Pace) -> io::Result<()> {
     // No device has larger blocks.
     const BLOCK: u64 = 4096;
     let begins = from.next_multiple_of(BLOCK).min(to);
-    device.write_all_at(&vec![0; (begins.saturating_sub(from)) as usize], from)?;
+    device.write_all_at(&vec![0; begins.saturating_sub(from) as usize], from)?;
     let mut at = begins;
     while at < to {
         pace.at(at - from, to - from)?;

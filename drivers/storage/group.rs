@@ -34,8 +34,8 @@ pub struct VolumeGroup {
     pub(super) group: GroupName,
     /// Where the devices of its volumes are.
     pub(super) path: PathBuf,
-    /// Not all of it was active when the pool was opened.
-    pub(super) made_active: bool,
+    /// Those of its volumes that had no device when the pool was opened.
+    pub(super) made_active: Vec<LogicalName>,
     /// No other pool is that group as long as this is there.
     pub(super) _held: logical::HeldGroup,
     pub(super) workers: Workers,
@@ -181,10 +181,6 @@ impl VolumeGroup {
             }
             _ => {
                 self.run(errand, move |site, stop| {
-                    // What is taken as it is written is blank where nothing was.
-                    if volume.is_thin {
-                        return Ok(());
-                    }
                     let (device, length) = opened(site, &volume)?;
                     let blank =
                         fill::blank(&device, 0, length, &Pace::new(&tells, stop)).and_then(|()| device.sync_all());
@@ -495,7 +491,8 @@ impl OpenPool for VolumeGroup {
     }
 
     async fn take_back(&self) -> Result<(), DriverError> {
-        if self.made_active { self.close().await } else { Ok(()) }
+        let (made_active, errand) = (self.made_active.clone(), Errand { limit: logical::PATIENCE, ..self.errand("") });
+        self.run(errand, move |site, stop| logical::take_back(&site.group, &made_active, stop)).await
     }
 
     async fn close(&self) -> Result<(), DriverError> {

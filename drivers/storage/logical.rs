@@ -30,7 +30,14 @@ const EDGE: u64 = 4 << 20;
 
 /// Which group is which pool's.
 #[derive(Clone, Default)]
-pub struct HeldGroups(Arc<Mutex<HashMap<String, (Uuid, String, Weak<()>)>>>);
+pub struct HeldGroups(Arc<Mutex<HashMap<String, Holder>>>);
+
+/// Who holds a group.
+struct Holder {
+    pool: Uuid,
+    name: String,
+    held: Weak<()>,
+}
 
 /// A group is a pool's as long as this is there.
 pub type HeldGroup = Arc<()>;
@@ -39,19 +46,20 @@ impl HeldGroups {
     /// The groups that are a pool's.
     fn names(&self) -> Vec<String> {
         let held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        held.iter().filter(|(_, (.., holder))| holder.strong_count() > 0).map(|(name, _)| name.clone()).collect()
+        held.iter().filter(|(_, holder)| holder.held.strong_count() > 0).map(|(name, _)| name.clone()).collect()
     }
 
     /// A pool takes a group; and whether it had not taken it before. Error: it is another pool's.
     fn take(&self, group: &GroupName, pool: Uuid, name: &str) -> Result<(HeldGroup, bool), DriverError> {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        held.retain(|_, (.., holder)| holder.strong_count() > 0);
-        if let Some((_, other, _)) = held.get(&group.to_string()).filter(|(holder, ..)| *holder != pool) {
-            let text = format!("volume group '{group}' is pool '{other}' already: stop that one first");
+        held.retain(|_, holder| holder.held.strong_count() > 0);
+        if let Some(other) = held.get(&group.to_string()).filter(|holder| holder.pool != pool) {
+            let text = format!("volume group '{group}' is pool '{}' already: stop that one first", other.name);
             return Err(DriverError::Refused(text));
         }
         let hold = HeldGroup::default();
-        let before = held.insert(group.to_string(), (pool, name.to_owned(), Arc::downgrade(&hold)));
+        let holder = Holder { pool, name: name.to_owned(), held: Arc::downgrade(&hold) };
+        let before = held.insert(group.to_string(), holder);
         Ok((hold, before.is_none()))
     }
 }
@@ -120,14 +128,13 @@ impl HostStorage {
             let lvm = Lvm(stop);
             lvm.group(&group)?.ok_or_else(|| no_group(&group))?;
             let (held, is_first) = held.take(&group, pool, &name)?;
-            let made_active = !lvm.volumes(&group)?.iter().all(|volume| volume.is_active);
-            lvm.activate(&group)?;
-            let tidied = if is_first { tidy(&lvm, &group) } else { Ok(()) };
+            let without_device = lvm.volumes(&group)?.into_iter().filter(|volume| !volume.is_active);
+            let made_active: Vec<LogicalName> = without_device.map(|volume| volume.name).collect();
+            let active = lvm.activate(&group);
+            let tidied = active.and_then(|()| if is_first { tidy(&lvm, &group) } else { Ok(()) });
             if let Err(error) = tidied.and_then(|()| stop.check()) {
-                if made_active {
-                    // What comes too late is taken away again.
-                    deactivate(&group, &Stop::default()).unwrap_or_else(|e| tracing::warn!("{e}"));
-                }
+                // What comes too late, or in part, is taken away again.
+                take_back(&group, &made_active, &Stop::default()).unwrap_or_else(|e| tracing::warn!("{e}"));
                 return Err(error);
             }
             Ok(VolumeGroup { pool, group, path, made_active, _held: held, workers })
@@ -256,6 +263,13 @@ fn number_of(path: &Path) -> Option<u64> {
 
 fn named_devices(def: &PoolDef) -> Vec<PathBuf> {
     def.named_devices().map(PathBuf::from).collect()
+}
+
+/// These volumes of a group have no device any more; those that are gone need none. Blocks. Error: some have it yet.
+pub fn take_back(group: &GroupName, volumes: &[LogicalName], stop: &Stop) -> Result<(), DriverError> {
+    let lvm = Lvm(stop);
+    let mut all = lvm.volumes(group)?.into_iter().filter(|volume| volume.is_active && volumes.contains(&volume.name));
+    all.try_for_each(|volume| lvm.change(group, &Change::DeactivateVolume(&volume.name)))
 }
 
 /// None of a group's volumes has a device any more. Blocks. Error: each has it as before.
