@@ -146,6 +146,10 @@ pub async fn pour_in(
             Most::First(bytes) | Most::Within(bytes) => bytes,
         };
         let place = Pouring { at, most: bytes, stopped, gate: &passes, progress: &progress };
+        // Whoever serves a file of its own may never answer that: it is asked here, where nobody else waits.
+        if matches!(most, Most::Within(_)) && length_left(&from).is_some_and(|left| left > bytes) {
+            return Err(io::Error::other(format!("it has more than the {bytes} bytes that there is room for")));
+        }
         // To look for holes moves it.
         let base = if sparse { Some(seekable(&from)?) } else { None };
         let done = match base {
@@ -374,6 +378,12 @@ impl Pouring<'_> {
     }
 }
 
+/// How many bytes a regular file has yet, from where it is read. Waits for whoever serves it.
+fn length_left(given: &GivenFile) -> Option<u64> {
+    let stat = fstat(given).ok().filter(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)?;
+    stat.st_size.unsigned_abs().checked_sub(seek(given, SeekFrom::Current(0)).ok()?)
+}
+
 /// Where a client's file stands, which one can go about in.
 fn seekable(file: &GivenFile) -> io::Result<u64> {
     match FileType::from_raw_mode(fstat(file)?.st_mode) {
@@ -581,6 +591,24 @@ mod tests {
         let score = std::fs::File::options().write(true).open("/proc/self/oom_score_adj").unwrap();
         let why = write_all(given(score).0, b"-999".to_vec(), LONG).await.unwrap_err();
         assert_eq!(why.kind(), io::ErrorKind::PermissionDenied);
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_too_long_is_refused_before_anything_is_written() {
+        let mut source = tempfile::tempfile().unwrap();
+        source.write_all(&[7; 5]).unwrap();
+        std::io::Seek::seek(&mut source, std::io::SeekFrom::Start(1)).unwrap();
+        let ours = tempfile::tempfile().unwrap();
+        let pour = async |most: u64| {
+            let from = given(source.try_clone().unwrap()).0;
+            let to = Arc::new(ClosedAside::of(ours.try_clone().unwrap()));
+            pour_in(from, to, 0, Most::Within(most), false, &CancellationToken::new(), |_| Ok(())).await
+        };
+        let refused = pour(3).await.unwrap_err().to_string();
+        assert!(refused.contains("more than the 3 bytes"), "{refused}");
+        assert_eq!(ours.metadata().unwrap().len(), 0);
+        assert_eq!(pour(4).await.unwrap(), 4);
+        assert_eq!(ours.metadata().unwrap().len(), 4);
     }
 
     /// The read that gives it began before anybody was told to stop.

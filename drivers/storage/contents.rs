@@ -6,7 +6,6 @@ use super::{failed, fill, too_many};
 use crate::host::given::Most;
 use crate::host::workers::{ClosedAside, Stop};
 use crate::host::{given, lock};
-use rustix::fs::{FileType, SeekFrom, fstat, seek};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -158,11 +157,6 @@ impl Flow<'_> {
             Some(wanted) => (wanted, Most::First(wanted)),
             None => (room, Most::Within(room)),
         };
-        if part.length.is_none() && length_left(&from).is_some_and(|left| left > room) {
-            let text =
-                format!("the descriptor that was given: it has more than the {room} bytes that there is room for");
-            return Err(DriverError::Argument(text));
-        }
         let tell = telling(self.work, wanted);
         let tell = move |done| {
             tell(done);
@@ -187,12 +181,6 @@ impl Flow<'_> {
             () = self.work.cancelled().cancelled() => Err(DriverError::Cancelled),
         }
     }
-}
-
-/// How many bytes a regular file has yet, from where it is read.
-fn length_left(given: &GivenFile) -> Option<u64> {
-    let stat = fstat(given).ok().filter(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)?;
-    stat.st_size.unsigned_abs().checked_sub(seek(given, SeekFrom::Current(0)).ok()?)
 }
 
 /// Refuses what a client gave, where it cannot be for that.

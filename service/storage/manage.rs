@@ -59,8 +59,12 @@ impl Service {
 
     /// The volume that is known by a key: a path, or what stays when it has another name.
     pub fn volume_by_key(&self, key: &str) -> Result<Volume> {
+        // Everybody may ask, and most keys are paths, which no other key begins as.
+        if key.starts_with('/') {
+            return self.volume_by_path(key);
+        }
         let found = self.pools.registry.all().into_iter().find_map(|pool| pool.volume_with_key(key));
-        found.map_or_else(|| self.volume_by_path(key), Ok)
+        found.ok_or_else(|| Error::NoSuchVolume(format!("no active pool has a volume with key '{}'", shorten(key))))
     }
 
     /// What this host can do with each kind of pool.

@@ -17,7 +17,7 @@ use crate::verb::{self, Verb};
 use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::driver::storage::{PoolDevice, Work};
-use virt_model::storage::pool::PoolDef;
+use virt_model::storage::pool::{PoolDef, PoolKind};
 use virt_model::storage::volume::VolumeKind;
 
 /// How a pool is started.
@@ -130,7 +130,15 @@ impl Pool {
                     pool.refuse_device_in_use("refresh", &def, true).await?;
                     pool.opens(def, &*work).await?;
                 }
-                None => pool.look_at_all().await?,
+                None => {
+                    // Some may have come to its volume group.
+                    let live = lock(&pool.state).live.clone();
+                    if let Some(def) = live.filter(|def| def.kind == PoolKind::Logical) {
+                        pool.keep_devices("refresh", &def).await?;
+                        pool.refuse_device_in_use("refresh", &def, true).await?;
+                    }
+                    pool.look_at_all().await?;
+                }
             }
             pool.commit(vec![("refreshed", "")], |state| state.phase = Phase::Running);
             Ok(())
@@ -142,7 +150,7 @@ impl Pool {
         let begun = self.job(caller, &verb::POOL_BUILD, departs, async { Ok(()) }).await?;
         begun.and_then_run(move |pool, work| async move {
             let def = lock(&pool.state).def.clone();
-            let _until_it_is_built = pool.take_devices("build", &def).await?;
+            let _until_it_is_built = pool.take_devices("build", &def, false).await?;
             pool.builds(&def, overwrite, &*work).await?;
             fail_point::reached();
             pool.commit(vec![("built", "")], |_| {});
@@ -158,14 +166,19 @@ impl Pool {
     }
 
     /// Takes its devices, so that no machine gets them: to be done before it is asked which machine has one. For who has the turn.
-    async fn take_devices(&self, deed: &str, def: &PoolDef) -> Result<Vec<Taken>> {
+    /// `again`: those that it has already are passed over.
+    async fn take_devices(&self, deed: &str, def: &PoolDef, again: bool) -> Result<Vec<Taken>> {
         let mut all = Vec::new();
         for PoolDevice { path, overlapping } in self.devices_of(deed, def).await? {
             let whose = format!("pool '{}', which is to be stopped first,", self.name);
-            let taken = self.shared.images.take_device(&path, overlapping, whose).await;
-            all.push(taken.map_err(|by| {
-                Error::InUse(format!("cannot {deed} pool '{}': {by} has its device {}", self.name, path.display()))
-            })?);
+            match self.shared.images.take_device(&path, overlapping, whose.clone()).await {
+                Ok(taken) => all.push(taken),
+                Err(by) if again && by == whose => {}
+                Err(by) => {
+                    let (name, device) = (&self.name, path.display());
+                    return Err(Error::InUse(format!("cannot {deed} pool '{name}': {by} has its device {device}")));
+                }
+            }
         }
         Ok(all)
     }
@@ -174,13 +187,11 @@ impl Pool {
         self.shared.host.storage.devices(def).await.map_err(|e| self.failed(deed, e))
     }
 
-    /// The same until it is inactive.
+    /// The same until it is inactive, with those that it has not taken yet.
     pub(super) async fn keep_devices(&self, deed: &str, def: &PoolDef) -> Result<()> {
-        if !lock(&self.state).devices.is_empty() {
-            return Ok(());
-        }
-        let taken = self.take_devices(deed, def).await?;
-        lock(&self.state).devices = taken;
+        let again = !lock(&self.state).devices.is_empty();
+        let taken = self.take_devices(deed, def, again).await?;
+        lock(&self.state).devices.extend(taken);
         Ok(())
     }
 
@@ -209,7 +220,7 @@ impl Pool {
             // To remove a folder writes to no device, whatever is mounted there.
             let writes_devices = def.kind.volume_kind() == VolumeKind::Block;
             let _until_it_is_removed = match writes_devices {
-                true => pool.take_devices("delete", &def).await?,
+                true => pool.take_devices("delete", &def, false).await?,
                 false => Vec::new(),
             };
             if writes_devices {

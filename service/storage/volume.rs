@@ -110,10 +110,13 @@ impl Pool {
         Some(self.handle(name, false))
     }
 
-    /// The volume that has such a key beside its path, if there is one.
+    /// The volume that has such a key beside its path, if there is one: those of files have none.
     pub(super) fn volume_with_key(self: &Arc<Self>, key: &str) -> Option<Volume> {
         let name = {
             let state = lock(&self.state);
+            if state.volume_kind() != VolumeKind::Block {
+                return None;
+            }
             let row = state.volumes.iter().find(|(_, row)| row.look.key.as_deref() == Some(key))?;
             row.0.clone()
         };
@@ -299,13 +302,16 @@ impl Volume {
         .await
     }
 
-    /// Has the guest that runs on it resize it, which then sees that. A device has that size first.
+    /// Has the guest that runs on it resize it, which then sees that. A device is resized only while no guest has it: one that
+    /// started again before what is new is blank would lose what it wrote there.
     async fn resize_through(&self, guest: GuestDisk, to: NewCapacity, work: &Arc<JobWork>) -> Result<()> {
         let (now, name, images) = (self.look()?.capacity, &self.name, &self.shared().images);
-        let refuse = |why: &str| {
-            let text = format!("cannot resize volume '{name}': {} runs on it, and {why}", guest.whose);
-            Err(Error::OperationInvalid(text))
-        };
+        let text = |why: &str| format!("cannot resize volume '{name}': {} runs on it, and {why}", guest.whose);
+        if lock(&self.pool.state).volume_kind() == VolumeKind::Block {
+            let why = "a volume in a volume group is resized only while no guest has it; shut it down first";
+            return Err(Error::InUse(text(why)));
+        }
+        let refuse = |why: &str| Err(Error::OperationInvalid(text(why)));
         if to.capacity < now {
             return refuse("would lose what is behind; shut it down first");
         }
@@ -313,11 +319,6 @@ impl Volume {
             return refuse(
                 "blocks are taken for it only while nobody writes it; leave out allocate, or shut it down first",
             );
-        }
-        if lock(&self.pool.state).volume_kind() == VolumeKind::Block {
-            let size = NewSize { capacity: to.capacity, shrink: false, allocate: false };
-            let resized = self.pool.opened()?.resize(&self.at()?, size, work.clone()).await;
-            resized.map_err(|e| self.failed("resize", e))?;
         }
         images.resize_through(&guest, to.capacity, work.cancelled()).await
     }
