@@ -15,8 +15,10 @@ use virt_model::driver::DriverError;
 use virt_model::driver::storage::FileId;
 
 const BOUNDS: Bounds = Bounds { data: Some(2 << 30), cpu: None, files: Some(1024) };
-/// So long a name may be; those of a group and a volume are one name together for the kernel.
-const MAX_NAME: usize = 62;
+/// So long the name of a group may be.
+const MAX_GROUP_NAME: usize = 62;
+/// So long the name that the kernel has for a volume may be: its group's and its own, with - between them, and each - in them twice.
+const MAX_KERNEL_NAME: usize = 127;
 /// What LVM has for itself in names of volumes: at their beginning, and anywhere.
 const OWN_BEGINNINGS: &[&str] = &["snapshot", "pvmove"];
 const OWN_PARTS: &[&str] = &[
@@ -27,6 +29,8 @@ const OWN_PARTS: &[&str] = &[
 const UDEV: &str = "/run/udev/control";
 /// Where there is none the tool makes the devices of volumes itself, as it does not unless it is told.
 const WITHOUT_UDEV: &str = "activation { udev_sync=0 udev_rules=0 }";
+/// What is asked of groups.
+const GROUP_FIELDS: &str = "vg_name,vg_size,vg_free,vg_extent_size,lv_count";
 /// A volume that grows says with this mark how many bytes it had, until what is new is blank.
 const GROWN_FROM: &str = "virt-grown-from-";
 /// One that is being made has this mark until it holds what it is to hold.
@@ -62,9 +66,9 @@ pub struct LogicalVolume {
     pub name: LogicalName,
     /// Its uuid, which is never another's.
     pub key: String,
-    /// How large it is, in bytes.
+    /// How large its device is, in bytes.
     pub bytes: u64,
-    /// How much of it is taken, in bytes.
+    /// How much of the group is taken for it, in bytes.
     pub taken: u64,
     /// It has a device.
     pub is_active: bool,
@@ -72,10 +76,21 @@ pub struct LogicalVolume {
     pub is_pool: bool,
     /// What is taken for it is taken as it is written.
     pub is_thin: bool,
+    /// The volume of the same group that it is a snapshot of, or else shows what it has not itself.
+    pub origin: Option<LogicalName>,
     /// It is being made, or was when somebody was killed: it is none yet.
     pub is_unfinished: bool,
     /// It was growing, and had so many bytes.
     pub grown_from: Option<u64>,
+}
+
+/// What is in a group.
+#[derive(Debug, Default)]
+pub struct LogicalVolumes {
+    /// Its volumes.
+    pub volumes: Vec<LogicalVolume>,
+    /// How many have names that nobody could write.
+    pub unnameable: u32,
 }
 
 /// A device that is LVM's.
@@ -121,16 +136,29 @@ pub enum Change<'a> {
 impl GroupName {
     /// Error: a sentence.
     pub fn new(name: &str) -> Result<GroupName, String> {
-        check_name("volume group", name).map(|()| GroupName(name.to_owned()))
+        check_name("volume group", name, MAX_GROUP_NAME).map(|()| GroupName(name.to_owned()))
+    }
+
+    /// Refuses a name that a new volume in it cannot have, as it is too long together with the group's. Error: a sentence.
+    pub fn check_new(&self, name: &LogicalName) -> Result<(), String> {
+        let length = |name: &str| name.len() + name.matches('-').count();
+        match length(&self.0) + 1 + length(&name.0) > MAX_KERNEL_NAME {
+            false => Ok(()),
+            true => Err(format!(
+                "the name of a volume and that of its group '{self}' have at most {} bytes together, each - counted twice: choose \
+                 a shorter one",
+                MAX_KERNEL_NAME - 1
+            )),
+        }
     }
 }
 
 impl LogicalName {
     /// Error: a sentence.
     pub fn new(name: &str) -> Result<LogicalName, String> {
-        check_name("volume in a volume group", name)?;
-        let begins = OWN_BEGINNINGS.iter().find(|own| name.starts_with(**own));
-        match begins.or_else(|| OWN_PARTS.iter().find(|own| name.contains(**own))) {
+        // A group's has one byte at least.
+        check_name("volume in a volume group", name, MAX_KERNEL_NAME - 2)?;
+        match own_part(name) {
             None => Ok(LogicalName(name.to_owned())),
             Some(own) => {
                 Err(format!("'{name}' cannot be the name of a volume in a volume group: LVM has '{own}' for itself"))
@@ -156,14 +184,20 @@ impl fmt::Display for LogicalName {
     }
 }
 
-fn check_name(of: &str, name: &str) -> Result<(), String> {
+/// What of a name LVM has for itself, if anything.
+fn own_part(name: &str) -> Option<&'static str> {
+    let begins = OWN_BEGINNINGS.iter().find(|own| name.starts_with(**own));
+    begins.or_else(|| OWN_PARTS.iter().find(|own| name.contains(**own))).copied()
+}
+
+fn check_name(of: &str, name: &str, most: usize) -> Result<(), String> {
     let known = |byte: u8| byte.is_ascii_alphanumeric() || b"+_.-".contains(&byte);
     match !name.is_empty() && name.bytes().all(known) && !name.starts_with('-') && !matches!(name, "." | "..") {
         false => Err(format!(
             "'{}' cannot be the name of a {of}: it has letters, digits and + _ . - alone, and does not begin with -",
             virt_model::xml::shorten(name)
         )),
-        true if name.len() > MAX_NAME => Err(format!("the name of a {of} has at most {MAX_NAME} bytes")),
+        true if name.len() > most => Err(format!("the name of a {of} has at most {most} bytes")),
         true => Ok(()),
     }
 }
@@ -225,34 +259,49 @@ pub struct Lvm<'a>(pub &'a Stop);
 impl Lvm<'_> {
     /// All volume groups.
     pub fn groups(&self) -> Result<Vec<Group>, DriverError> {
-        read_groups(&self.report("vgs", "vg_name,vg_size,vg_free,vg_extent_size,lv_count", None)?)
+        read_groups(&self.report("vgs", GROUP_FIELDS, &[])?)
     }
 
     /// The group of that name, if there is one.
     pub fn group(&self, name: &GroupName) -> Result<Option<Group>, DriverError> {
-        Ok(self.groups()?.into_iter().find(|group| group.name == name.0))
+        let told = self.report_of("vgs", GROUP_FIELDS, name)?;
+        Ok(told.map(|told| read_groups(&told)).transpose()?.and_then(|mut found| found.pop()))
     }
 
-    /// What is in a group.
+    /// The volumes in a group.
     pub fn volumes(&self, group: &GroupName) -> Result<Vec<LogicalVolume>, DriverError> {
-        let fields = "lv_name,lv_uuid,lv_size,lv_layout,lv_active,lv_tags,data_percent";
-        read_volumes(&self.report("lvs", fields, Some(&format!("vg_name={group}")))?)
+        Ok(self.all_of(group)?.volumes)
+    }
+
+    /// What is in a group; nothing where there is no such group.
+    pub fn all_of(&self, group: &GroupName) -> Result<LogicalVolumes, DriverError> {
+        let fields = "lv_name,lv_uuid,lv_size,lv_layout,lv_active,lv_tags,data_percent,origin,origin_size";
+        self.report_of("lvs", fields, group)?.map_or_else(|| Ok(LogicalVolumes::default()), |told| read_volumes(&told))
     }
 
     /// The devices that are LVM's.
     pub fn devices(&self) -> Result<Vec<PhysicalVolume>, DriverError> {
-        read_devices(&self.report("pvs", "pv_name,vg_name", None)?)
+        read_devices(&self.report("pvs", "pv_name,vg_name", &[])?)
     }
 
     /// The groups of which a volume is in use, each as often as one is.
     pub fn groups_in_use(&self) -> Result<Vec<String>, DriverError> {
-        let told = self.report("lvs", "vg_name", Some("lv_device_open=1"))?;
+        let told = self.report("lvs", "vg_name", &["--select", "lv_device_open=1"])?;
         Ok(rows(&told, "lv")?.iter().filter_map(|row| text(row, "vg_name").ok()).collect())
     }
 
-    fn report(&self, what: &str, fields: &str, select: Option<&str>) -> Result<String, DriverError> {
+    /// The same of one group alone, whatever is wrong with others, if it is there.
+    fn report_of(&self, what: &str, fields: &str, group: &GroupName) -> Result<Option<String>, DriverError> {
+        match self.report(what, fields, &["--", &group.0]) {
+            Ok(told) => Ok(Some(told)),
+            Err(DriverError::Storage(why)) if says_there_is_none(&why, group) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn report(&self, what: &str, fields: &str, which: &[&str]) -> Result<String, DriverError> {
         let mut arguments = vec![what, "--reportformat", "json", "--units", "b", "--nosuffix", "--options", fields];
-        arguments.extend(select.into_iter().flat_map(|select| ["--select", select]));
+        arguments.extend(which);
         let arguments: Vec<String> = arguments.into_iter().map(str::to_owned).collect();
         run(&arguments, self.0, false)
     }
@@ -309,6 +358,11 @@ fn refusal(what: &str, words: &str) -> DriverError {
     }
 }
 
+/// Whether the tool failed as there is no such group.
+fn says_there_is_none(why: &str, group: &GroupName) -> bool {
+    why.contains(&format!("Volume group \"{group}\" not found"))
+}
+
 type Row = HashMap<String, String>;
 
 #[derive(Deserialize)]
@@ -349,19 +403,27 @@ fn read_groups(told: &str) -> Result<Vec<Group>, DriverError> {
 }
 
 /// Those whose names LVM has for itself are none that anybody could use.
-fn read_volumes(told: &str) -> Result<Vec<LogicalVolume>, DriverError> {
-    let mut all = Vec::new();
+fn read_volumes(told: &str) -> Result<LogicalVolumes, DriverError> {
+    let mut all = LogicalVolumes::default();
     for row in rows(told, "lv")? {
-        let Ok(name) = LogicalName::new(&text(&row, "lv_name")?) else { continue };
-        let (bytes, layout, tags) = (number(&row, "lv_size")?, text(&row, "lv_layout")?, text(&row, "lv_tags")?);
+        let called = text(&row, "lv_name")?;
+        let Ok(name) = LogicalName::new(&called) else {
+            all.unnameable += u32::from(own_part(&called).is_none());
+            continue;
+        };
+        let (size, layout, tags) = (number(&row, "lv_size")?, text(&row, "lv_layout")?, text(&row, "lv_tags")?);
+        // LVM's own part of a cached one is in brackets.
+        let origin = LogicalName::new(&text(&row, "origin")?).ok();
         let has = |word: &str| layout.split(',').any(|one| one == word);
         let percent: Option<f64> = text(&row, "data_percent")?.parse().ok();
         let is_thin = has("thin") && !has("pool");
         let taken = match percent.filter(|_| is_thin) {
-            Some(percent) => (bytes as f64 / 100.0 * percent) as u64,
-            None => bytes,
+            Some(percent) => (size as f64 / 100.0 * percent) as u64,
+            None => size,
         };
-        all.push(LogicalVolume {
+        // Of a snapshot that is not thin the size is that of what it keeps for itself.
+        let bytes = if origin.is_some() && !is_thin { number(&row, "origin_size")? } else { size };
+        all.volumes.push(LogicalVolume {
             name,
             key: text(&row, "lv_uuid")?,
             bytes,
@@ -369,6 +431,7 @@ fn read_volumes(told: &str) -> Result<Vec<LogicalVolume>, DriverError> {
             is_active: text(&row, "lv_active")? == "active",
             is_pool: has("pool"),
             is_thin,
+            origin,
             is_unfinished: tags.split(',').any(|tag| tag == UNFINISHED),
             grown_from: tags.split(',').find_map(|tag| tag.strip_prefix(GROWN_FROM)?.parse().ok()),
         });
@@ -381,7 +444,9 @@ fn read_devices(told: &str) -> Result<Vec<PhysicalVolume>, DriverError> {
         let group = Some(text(row, "vg_name")?).filter(|group| !group.is_empty());
         Ok(PhysicalVolume { device: text(row, "pv_name")?.into(), group })
     };
-    rows(told, "pv")?.iter().map(read).collect()
+    let all: Result<Vec<_>, DriverError> = rows(told, "pv")?.iter().map(read).collect();
+    // One that is lost has a word for a path.
+    Ok(all?.into_iter().filter(|one| one.device.is_absolute()).collect())
 }
 
 impl LogicalVolume {

@@ -32,8 +32,14 @@ fn the_tool_is_told_what_is_changed_and_takes_no_name_for_an_option() {
     ] {
         assert_eq!(change.arguments(&group()).join(" "), told);
     }
-    for name in ["", "-a", "--yes", ".", "..", "a b", "a/b", "a\n", "ä", &"a".repeat(63)] {
+    for name in ["", "-a", "--yes", ".", "..", "a b", "a/b", "a\n", "ä", &"a".repeat(126)] {
         assert!(GroupName::new(name).is_err() && LogicalName::new(name).is_err(), "{name:?}");
+    }
+    assert!(GroupName::new(&"a".repeat(63)).is_err());
+    assert!(group().check_new(&volume(&"a".repeat(123))).is_ok());
+    for long in ["a".repeat(124), format!("{}-", "a".repeat(122))] {
+        let why = group().check_new(&volume(&long)).unwrap_err();
+        assert!(why.contains("at most 126 bytes together"), "{why}");
     }
     for name in ["snapshot1", "pvmove0", "a_tdata", "a_rimage_0"] {
         let why = LogicalName::new(name).unwrap_err();
@@ -54,25 +60,43 @@ fn what_the_tool_tells_is_read() {
     let volumes = told(
         "lv",
         r#"{"lv_name":"a","lv_uuid":"pheGoc-oeMO-3yHx-9TZj-Um6B-Fv8T-jk5fMn","lv_size":"8388608","lv_layout":"linear",
-            "lv_active":"active","lv_tags":"mine,virt-grown-from-4194304","data_percent":""},
+            "lv_active":"active","lv_tags":"mine,virt-grown-from-4194304","data_percent":"","origin":"","origin_size":""},
            {"lv_name":"t","lv_uuid":"0heGoc-oeMO-3yHx-9TZj-Um6B-Fv8T-jk5fMn","lv_size":"8388608","lv_layout":"thin,sparse",
-            "lv_active":"","lv_tags":"virt-unfinished","data_percent":"25.00"},
+            "lv_active":"","lv_tags":"virt-unfinished","data_percent":"25.00","origin":"a","origin_size":"8388608"},
            {"lv_name":"p","lv_uuid":"1heGoc-oeMO-3yHx-9TZj-Um6B-Fv8T-jk5fMn","lv_size":"8388608","lv_layout":"thin,pool",
-            "lv_active":"active","lv_tags":"","data_percent":"25.00"},
+            "lv_active":"active","lv_tags":"","data_percent":"25.00","origin":"","origin_size":""},
+           {"lv_name":"s","lv_uuid":"3heGoc-oeMO-3yHx-9TZj-Um6B-Fv8T-jk5fMn","lv_size":"4194304","lv_layout":"linear",
+            "lv_active":"active","lv_tags":"","data_percent":"10.00","origin":"a","origin_size":"8388608"},
+           {"lv_name":"c","lv_uuid":"4heGoc-oeMO-3yHx-9TZj-Um6B-Fv8T-jk5fMn","lv_size":"4194304","lv_layout":"cache",
+            "lv_active":"active","lv_tags":"","data_percent":"10.00","origin":"[c_corig]","origin_size":""},
+           {"lv_name":"a b","lv_uuid":"5","lv_size":"4194304","lv_layout":"linear","lv_active":"","lv_tags":"",
+            "data_percent":""},
            {"lv_name":"p_tdata","lv_uuid":"2","lv_size":"8388608","lv_layout":"linear","lv_active":"","lv_tags":"",
             "data_percent":""}"#,
     );
-    let all = read_volumes(&volumes).unwrap();
+    let LogicalVolumes { volumes: all, unnameable } = read_volumes(&volumes).unwrap();
+    assert_eq!(unnameable, 1);
+    // As large as what it was made of, and not as what it keeps for itself.
+    let origins: Vec<_> =
+        all.iter().map(|one| (one.origin.as_ref().map_or("", LogicalName::as_str), one.bytes)).collect();
+    assert_eq!(origins, [("", 8 << 20), ("a", 8 << 20), ("", 8 << 20), ("a", 8 << 20), ("", 4 << 20)]);
     let told: Vec<_> =
         all.iter().map(|one| (one.name.as_str(), one.taken, one.is_active, one.is_thin, one.is_pool)).collect();
     assert_eq!(
         told,
-        [("a", 8 << 20, true, false, false), ("t", 2 << 20, false, true, false), ("p", 8 << 20, true, false, true)]
+        [
+            ("a", 8 << 20, true, false, false),
+            ("t", 2 << 20, false, true, false),
+            ("p", 8 << 20, true, false, true),
+            ("s", 4 << 20, true, false, false),
+            ("c", 4 << 20, true, false, false),
+        ]
     );
     assert_eq!((all[0].grown_from, all[1].grown_from), (Some(4 << 20), None));
-    assert_eq!(all.iter().map(|one| one.is_unfinished).collect::<Vec<_>>(), [false, true, false]);
+    assert_eq!(all.iter().map(|one| one.is_unfinished).collect::<Vec<_>>(), [false, true, false, false, false]);
     assert!(all[0].id() != all[1].id() && all[1].id().born == all[2].id().born && all[0].id().number > 0);
-    let devices = r#"{"report":[{"pv":[{"pv_name":"/dev/sdb","vg_name":"vg0"},{"pv_name":"/dev/sdc","vg_name":""}]}]}"#;
+    let devices = r#"{"report":[{"pv":[{"pv_name":"/dev/sdb","vg_name":"vg0"},{"pv_name":"/dev/sdc","vg_name":""},
+        {"pv_name":"[unknown]","vg_name":"vg0"}]}]}"#;
     let groups: Vec<_> = read_devices(devices).unwrap().into_iter().map(|one| one.group).collect();
     assert_eq!(groups, [Some("vg0".to_owned()), None]);
     for wrong in ["", "{}", r#"{"report":[{"vg":[{"vg_name":"a"}]}]}"#] {
@@ -90,5 +114,11 @@ fn why_the_tool_refused_is_told_in_its_own_words() {
         matches!(&why, DriverError::Refused(text) if text == "lvm lvremove: Logical volume vg0/a in use."),
         "{why:?}"
     );
+    let DriverError::Storage(why) =
+        refusal("vgs", "  Volume group \"vg0\" not found\n  Cannot process volume group vg0\n")
+    else {
+        panic!("it is no other")
+    };
+    assert!(says_there_is_none(&why, &group()) && !says_there_is_none(&why, &GroupName::new("vg").unwrap()));
     assert!(matches!(refusal("vgs", "one\n two\n"), DriverError::Storage(text) if text == "lvm vgs: one two"));
 }

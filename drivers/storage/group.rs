@@ -4,10 +4,11 @@
 use super::block::VolumeDevice;
 use super::contents::{Flow, check_given};
 use super::fill::{self, Pace};
+use super::leftovers::{self, Begun, UnderWay, shrink_back};
 use super::{failed, logical};
 use crate::host::apart;
 use crate::host::given::Use;
-use crate::host::lvm::{Change, Group, GroupName, LogicalName, LogicalVolume, Lvm};
+use crate::host::lvm::{Change, Group, GroupName, LogicalName, LogicalVolume, LogicalVolumes, Lvm};
 use crate::host::workers::{ClosedAside, Errand, Stop, Workers};
 use async_trait::async_trait;
 use std::fs::File;
@@ -37,15 +38,16 @@ pub struct VolumeGroup {
     /// Those of its volumes that had no device when the pool was opened.
     pub(super) made_active: Vec<LogicalName>,
     /// No other pool is that group as long as this is there.
-    pub(super) _held: logical::HeldGroup,
+    pub(super) held: logical::HeldGroup,
     pub(super) workers: Workers,
 }
 
 /// A volume group in an errand. Blocks.
 #[derive(Clone)]
-struct Site {
-    group: GroupName,
-    path: PathBuf,
+pub(super) struct Site {
+    pub(super) group: GroupName,
+    pub(super) path: PathBuf,
+    pub(super) under_way: Arc<UnderWay>,
 }
 
 impl Site {
@@ -53,7 +55,7 @@ impl Site {
         lvm.group(&self.group)?.ok_or_else(|| logical::no_group(&self.group))
     }
 
-    fn device(&self, volume: &LogicalVolume, deed: &str) -> Result<VolumeDevice, DriverError> {
+    pub(super) fn device(&self, volume: &LogicalVolume, deed: &str) -> Result<VolumeDevice, DriverError> {
         let path = self.path.join(volume.name.as_str());
         VolumeDevice::of(volume, &path).map_err(|e| failed(deed, &path, &e))
     }
@@ -63,9 +65,14 @@ impl Site {
         let path = self.path.join(volume.name.as_str());
         let device = VolumeDevice::of(volume, &path);
         let broken = match (&device, volume.is_active) {
-            (_, false) => {
-                Some("it is not active: activate it ('lvchange --activate y'), and refresh its pool".to_owned())
-            }
+            _ if volume.grown_from.is_some() && !self.under_way.has(&volume.name) => Some(
+                "it was growing when that was cut off, and gets the size that it had when its pool is refreshed"
+                    .to_owned(),
+            ),
+            (_, false) => Some(
+                "it is not active: activate it ('lvchange --activate y --ignoreactivationskip'), and refresh its pool"
+                    .to_owned(),
+            ),
             (Err(error), true) => Some(format!("its device {} cannot be found: {error}", path.display())),
             (Ok(_), true) => None,
         };
@@ -78,6 +85,7 @@ impl Site {
             capacity: volume.bytes,
             allocation: volume.taken,
             physical: volume.bytes,
+            origin: volume.origin.as_ref().map(LogicalName::to_string),
             broken,
             permissions: device.map_or((0, 0, 0o600), |device| device.permissions()),
             ..VolumeLook::default()
@@ -106,22 +114,22 @@ impl Site {
         })
     }
 
-    fn named(&self, lvm: &Lvm, name: &LogicalName) -> Result<LogicalVolume, DriverError> {
+    pub(super) fn named(&self, lvm: &Lvm, name: &LogicalName) -> Result<LogicalVolume, DriverError> {
         let found = lvm.volumes(&self.group)?.into_iter().find(|volume| volume.name == *name);
         found.ok_or_else(|| DriverError::Storage(format!("volume group '{}' has no volume '{name}'", self.group)))
     }
 
-    /// Removes a volume that was being made. What cannot be removed now is when the pool is started.
+    /// Removes a volume that was being made. What cannot be removed now is when the pool is refreshed.
     fn remove_unfinished(&self, lvm: &Lvm, volume: &LogicalVolume) {
         if let Err(error) = lvm.change(&self.group, &Change::Remove(&volume.key)) {
-            tracing::warn!(%error, "{} stays until its pool is started", self.path.join(volume.name.as_str()).display());
+            tracing::warn!(%error, "{} stays until its pool is refreshed", self.path.join(volume.name.as_str()).display());
         }
     }
 }
 
 impl VolumeGroup {
     fn site(&self) -> Site {
-        Site { group: self.group.clone(), path: self.path.clone() }
+        Site { group: self.group.clone(), path: self.path.clone(), under_way: self.held.clone() }
     }
 
     /// One that takes moments.
@@ -129,9 +137,14 @@ impl VolumeGroup {
         Errand::new(self.pool, self.path.join(what).display().to_string())
     }
 
+    /// One that takes as long as so many bytes do, which stands in the way of no other, and ends whether it is wanted still or not.
+    fn to_its_end(&self, what: &str, bytes: u64) -> Errand {
+        Errand { guest: Uuid::new_v4(), ..self.errand(what).of(bytes) }
+    }
+
     /// One that moves bytes; it stands in the way of no other of this pool.
     fn long(&self, what: &str, bytes: u64, work: &dyn Work) -> Errand {
-        Errand { guest: Uuid::new_v4(), ..self.errand(what).of(bytes).until(work.cancelled()) }
+        self.to_its_end(what, bytes).until(work.cancelled())
     }
 
     async fn run<T: Send + 'static>(
@@ -150,12 +163,17 @@ impl VolumeGroup {
         name: LogicalName,
         work: &Arc<dyn Work>,
     ) -> Result<LogicalVolume, DriverError> {
-        let bytes = in_sectors(new.capacity)?;
+        let bytes = in_units(new.capacity, SECTOR)?;
         let tells = work.clone();
         self.run(self.errand(&new.name).until(work.cancelled()), move |site, stop| {
             let lvm = Lvm(stop);
-            if lvm.volumes(&site.group)?.iter().any(|volume| volume.name == name) {
-                return Err(DriverError::Exists(format!("volume group '{}' has a volume '{name}'", site.group)));
+            match lvm.volumes(&site.group)?.into_iter().find(|volume| volume.name == name) {
+                // Nobody makes it any more.
+                Some(left) if left.is_unfinished => lvm.change(&site.group, &Change::Remove(&left.key))?,
+                Some(_) => {
+                    return Err(DriverError::Exists(format!("volume group '{}' has a volume '{name}'", site.group)));
+                }
+                None => {}
             }
             lvm.change(&site.group, &Change::Make(&name, bytes))?;
             let made = site.named(&lvm, &name)?;
@@ -262,9 +280,37 @@ fn of_device(site: &Site, volume: &LogicalVolume, error: &io::Error, stop: &Stop
     stop.check().err().unwrap_or_else(why)
 }
 
-fn in_sectors(bytes: u64) -> Result<u64, DriverError> {
+/// So many bytes as whole units.
+fn in_units(bytes: u64, unit: u64) -> Result<u64, DriverError> {
     let text = || DriverError::Argument(format!("{bytes} bytes are more than a volume can have"));
-    bytes.checked_next_multiple_of(SECTOR).ok_or_else(text)
+    bytes.checked_next_multiple_of(unit).ok_or_else(text)
+}
+
+/// The volume that is to get another size, with what was cut off in it undone. Blocks. Error: it cannot get one.
+fn resizable(site: &Site, lvm: &Lvm, at: &VolumeAt) -> Result<LogicalVolume, DriverError> {
+    shrink_back(site, lvm, &site.there(lvm, at)?)?;
+    let found = site.there(lvm, at)?;
+    match &found.origin {
+        None => Ok(found),
+        Some(origin) => Err(DriverError::Unsupported(format!(
+            "'{}' shows what is in '{origin}', and has no size of its own here: copy it to a new volume, and resize that",
+            at.name
+        ))),
+    }
+}
+
+/// Refuses to remove what others in its group would go with. Error: they are named.
+fn refuse_origin(found: &LogicalVolume, all: &[LogicalVolume]) -> Result<(), DriverError> {
+    let others = all.iter().filter(|other| other.origin.as_ref() == Some(&found.name));
+    let others: Vec<String> = others.map(|other| format!("'{}'", other.name)).collect();
+    match others.is_empty() {
+        true => Ok(()),
+        false => Err(DriverError::Refused(format!(
+            "'{}' is the origin of {}, which would go, too: delete those first",
+            found.name,
+            others.join(", ")
+        ))),
+    }
 }
 
 /// Refuses what cannot be made, and what it is to be called.
@@ -312,18 +358,17 @@ impl OpenPool for VolumeGroup {
     }
 
     async fn survey(&self, _: &KnownFormats) -> Result<Survey, DriverError> {
-        self.run(self.errand(""), |site, stop| {
-            let lvm = Lvm(stop);
-            let room = room(&site.group(&lvm)?);
-            let volumes = lvm.volumes(&site.group)?;
-            let looks = volumes.iter().filter(|volume| !volume.is_pool && !volume.is_unfinished);
-            Ok(Survey { room, volumes: looks.map(|volume| site.look(volume)).collect(), unnameable: 0 })
-        })
-        .await
+        let (survey, has_leftovers) = self.run(self.errand(""), surveyed).await?;
+        if !has_leftovers {
+            return Ok(survey);
+        }
+        let errand = Errand { limit: logical::PATIENCE, ..self.to_its_end("", 0) };
+        self.run(errand, |site, stop| leftovers::tidy(site, &Lvm(stop))).await?;
+        Ok(self.run(self.errand(""), surveyed).await?.0)
     }
 
-    async fn look(&self, names: Vec<String>, known: &KnownFormats) -> Result<Vec<VolumeLook>, DriverError> {
-        let all = self.survey(known).await?.volumes;
+    async fn look(&self, names: Vec<String>, _: &KnownFormats) -> Result<Vec<VolumeLook>, DriverError> {
+        let all = self.run(self.errand(""), surveyed).await?.0.volumes;
         Ok(all.into_iter().filter(|look| names.contains(&look.name)).collect())
     }
 
@@ -338,6 +383,8 @@ impl OpenPool for VolumeGroup {
 
     async fn create(&self, mut new: NewVolume, work: Arc<dyn Work>) -> Result<VolumeLook, DriverError> {
         let name = check(&new)?;
+        self.group.check_new(&name).map_err(DriverError::Argument)?;
+        let _begun = self.held.begin(&name)?;
         if let Content::Given(from) = &new.content {
             check_given(&self.path, from, Use::Read)?;
         }
@@ -350,25 +397,27 @@ impl OpenPool for VolumeGroup {
         };
         let done = filled.await;
         if done.is_err() {
-            let (errand, kept) = (Errand { guest: Uuid::new_v4(), ..self.errand(&new.name) }, work.clone());
+            let (errand, kept) = (self.to_its_end(&new.name, made.bytes), work.clone());
             let undo = move |site: &Site, stop: &Arc<Stop>| {
                 let _until_the_end = kept;
                 site.remove_unfinished(&Lvm(stop), &made);
                 Ok(())
             };
-            self.run(errand, undo).await?;
+            if let Err(error) = self.run(errand, undo).await {
+                tracing::warn!(%error, "volume '{}' that was not made stays until its pool is refreshed", new.name);
+            }
         }
         done
     }
 
     async fn resize(&self, volume: &VolumeAt, to: NewSize, work: Arc<dyn Work>) -> Result<(), DriverError> {
-        let (bytes, at) = (in_sectors(to.capacity)?, volume.clone());
-        let grows = to.capacity.saturating_sub(volume.capacity);
+        let at = volume.clone();
+        let begun = self.held.begin(&LogicalName::new(&volume.name).map_err(DriverError::Argument)?)?;
         work.step();
-        self.run(self.long(&volume.name, grows, &*work), move |site, stop| {
-            let lvm = Lvm(stop);
-            let found = site.there(&lvm, &at)?;
-            let bytes = bytes.next_multiple_of(site.group(&lvm)?.extent.max(1));
+        self.run(self.long(&volume.name, to.capacity.max(volume.capacity), &*work), move |site, stop| {
+            let (_until_the_end, lvm): (Begun, _) = (begun, Lvm(stop));
+            let found = resizable(site, &lvm, &at)?;
+            let bytes = in_units(to.capacity, SECTOR.max(site.group(&lvm)?.extent))?;
             if to.allocate && found.is_thin {
                 let text = format!("'{}' is thin: it takes what is written to it; leave out allocate", at.name);
                 return Err(DriverError::Unsupported(text));
@@ -451,9 +500,10 @@ impl OpenPool for VolumeGroup {
     async fn delete(&self, volume: &VolumeAt, work: Arc<dyn Work>) -> Result<(), DriverError> {
         work.step();
         let (at, kept) = (volume.clone(), work.clone());
-        self.run(self.errand(&volume.name), move |site, stop| {
+        self.run(self.to_its_end(&volume.name, volume.capacity), move |site, stop| {
             let (_until_the_end, lvm) = (kept, Lvm(stop));
             let Some(found) = site.judged(&lvm, &at)? else { return Ok(()) };
+            refuse_origin(&found, &lvm.volumes(&site.group)?)?;
             lvm.change(&site.group, &Change::Remove(&found.key))
         })
         .await?;
@@ -501,11 +551,22 @@ impl OpenPool for VolumeGroup {
     }
 }
 
+/// What is in a group, and whether something in it is a leftover. Blocks.
+fn surveyed(site: &Site, stop: &Arc<Stop>) -> Result<(Survey, bool), DriverError> {
+    let lvm = Lvm(stop);
+    let room = room(&site.group(&lvm)?);
+    let LogicalVolumes { volumes, unnameable } = lvm.all_of(&site.group)?;
+    let is_left = |volume: &LogicalVolume| leftovers::is_leftover(volume) && !site.under_way.has(&volume.name);
+    let looks = volumes.iter().filter(|volume| !volume.is_pool && !volume.is_unfinished);
+    let survey = Survey { room, volumes: looks.map(|volume| site.look(volume)).collect(), unnameable };
+    Ok((survey, volumes.iter().any(is_left)))
+}
+
 fn room(group: &Group) -> Room {
     Room { capacity: group.bytes, allocation: group.bytes.saturating_sub(group.free), available: group.free }
 }
 
-/// Gives a volume more bytes, which are blank. Killed anywhere, it has as many as before when its pool is started, or all of them.
+/// Gives a volume more bytes, which are blank. Killed anywhere, it has as many as before when its pool is opened, or all of them.
 /// Blocks. Error: it has as many as before.
 fn grow(
     site: &Site,
@@ -518,30 +579,30 @@ fn grow(
     if volume.is_thin {
         return lvm.change(group, &Change::Extend(name, bytes));
     }
+    // Behind a device of another length is not what is new.
+    let as_told = |length, told| match length == told {
+        true => Ok(()),
+        false => Err(DriverError::Refused(format!(
+            "'{name}' has {told} bytes as LVM tells, and its device {length}: what is new in it cannot be told; refresh the pool"
+        ))),
+    };
+    as_told(opened(site, volume)?.1, before)?;
     lvm.change(group, &Change::MarkGrown(name, before))?;
+    // What went wrong may be that it is not wanted any more.
+    let to_the_end = Arc::new(Stop::default());
     let grown = lvm.change(group, &Change::Extend(name, bytes)).and_then(|()| {
         let (device, length) = opened(site, volume)?;
+        // It may be more than was asked for, where it is in stripes.
+        as_told(length, site.named(&lvm, name)?.bytes)?;
         let blank = fill::blank(&device, before, length, &Pace::new(work, stop)).and_then(|()| device.sync_all());
         blank.map_err(|e| of_device(site, volume, &e, stop))
     });
-    // What went wrong may be that it is not wanted any more.
-    let undo = Arc::new(Stop::default());
-    match grown {
-        Ok(()) => Lvm(&undo).change(group, &Change::MarkBlank(name, before)),
-        Err(error) => {
-            if let Err(error) = shrink_back(&Lvm(&undo), group, &site.named(&Lvm(&undo), name)?) {
-                tracing::warn!(%error, "volume '{name}' of volume group '{group}' has its old size when its pool is started");
-            }
-            Err(error)
+    let grown = grown.and_then(|()| Lvm(&to_the_end).change(group, &Change::MarkBlank(name, before)));
+    grown.inspect_err(|_| {
+        let undo = Lvm(&to_the_end);
+        let undone = site.named(&undo, name).and_then(|now| shrink_back(site, &undo, &now));
+        if let Err(error) = undone {
+            tracing::warn!(%error, "volume '{name}' of volume group '{group}' has its old size when its pool is refreshed");
         }
-    }
-}
-
-/// Gives a volume that was growing the size that it had. Blocks.
-pub(super) fn shrink_back(lvm: &Lvm, group: &GroupName, volume: &LogicalVolume) -> Result<(), DriverError> {
-    let Some(before) = volume.grown_from else { return Ok(()) };
-    if volume.bytes > before {
-        lvm.change(group, &Change::Reduce(&volume.name, before))?;
-    }
-    lvm.change(group, &Change::MarkBlank(&volume.name, before))
+    })
 }

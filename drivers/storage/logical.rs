@@ -1,7 +1,8 @@
 //! Pools that are volume groups of LVM: found, made, activated as long as the pool is started, and removed. What is active stays so
 //! whatever becomes of virtd: who opens the pool first looks whether it is.
 
-use super::group::{self, VolumeGroup};
+use super::group::{Site, VolumeGroup};
+use super::leftovers::{self, UnderWay};
 use super::mounts::Device;
 use super::{HostStorage, failed, sources};
 use crate::host::image::Images;
@@ -36,11 +37,11 @@ pub struct HeldGroups(Arc<Mutex<HashMap<String, Holder>>>);
 struct Holder {
     pool: Uuid,
     name: String,
-    held: Weak<()>,
+    held: Weak<UnderWay>,
 }
 
-/// A group is a pool's as long as this is there.
-pub type HeldGroup = Arc<()>;
+/// A group is a pool's as long as this is there; and what that pool has under way in it.
+pub type HeldGroup = Arc<UnderWay>;
 
 impl HeldGroups {
     /// The groups that are a pool's.
@@ -53,14 +54,22 @@ impl HeldGroups {
     fn take(&self, group: &GroupName, pool: Uuid, name: &str) -> Result<(HeldGroup, bool), DriverError> {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         held.retain(|_, holder| holder.held.strong_count() > 0);
-        if let Some(other) = held.get(&group.to_string()).filter(|holder| holder.pool != pool) {
-            let text = format!("volume group '{group}' is pool '{}' already: stop that one first", other.name);
-            return Err(DriverError::Refused(text));
+        match held.get(&group.to_string()) {
+            Some(other) if other.pool != pool => {
+                let text = format!("volume group '{group}' is pool '{}' already: stop that one first", other.name);
+                return Err(DriverError::Refused(text));
+            }
+            Some(own) => {
+                if let Some(hold) = own.held.upgrade() {
+                    return Ok((hold, false));
+                }
+            }
+            None => {}
         }
         let hold = HeldGroup::default();
         let holder = Holder { pool, name: name.to_owned(), held: Arc::downgrade(&hold) };
-        let before = held.insert(group.to_string(), holder);
-        Ok((hold, before.is_none()))
+        held.insert(group.to_string(), holder);
+        Ok((hold, true))
     }
 }
 
@@ -131,13 +140,14 @@ impl HostStorage {
             let without_device = lvm.volumes(&group)?.into_iter().filter(|volume| !volume.is_active);
             let made_active: Vec<LogicalName> = without_device.map(|volume| volume.name).collect();
             let active = lvm.activate(&group);
-            let tidied = active.and_then(|()| if is_first { tidy(&lvm, &group) } else { Ok(()) });
+            let site = Site { group: group.clone(), path: path.clone(), under_way: held.clone() };
+            let tidied = active.and_then(|()| if is_first { leftovers::tidy(&site, &lvm) } else { Ok(()) });
             if let Err(error) = tidied.and_then(|()| stop.check()) {
                 // What comes too late, or in part, is taken away again.
                 take_back(&group, &made_active, &Stop::default()).unwrap_or_else(|e| tracing::warn!("{e}"));
                 return Err(error);
             }
-            Ok(VolumeGroup { pool, group, path, made_active, _held: held, workers })
+            Ok(VolumeGroup { pool, group, path, made_active, held, workers })
         };
         Ok(Arc::new(self.workers.run(errand, open).await?))
     }
@@ -157,8 +167,12 @@ impl HostStorage {
     pub(super) async fn devices_of_group(&self, def: &PoolDef) -> Result<Vec<PoolDevice>, DriverError> {
         let (group, mut all) = (group_of(def)?, named_devices(def));
         let find = move |stop: &Arc<Stop>| {
-            let found =
-                Lvm(stop).devices()?.into_iter().filter(|one| one.group.as_deref() == Some(&*group.to_string()));
+            let told = Lvm(stop).devices().unwrap_or_else(|error| {
+                // Those that are named are nobody else's at least; the others are taken when the pool is refreshed.
+                tracing::warn!(%error, "which devices volume group '{group}' has cannot be told");
+                Vec::new()
+            });
+            let found = told.into_iter().filter(|one| one.group.as_deref() == Some(&*group.to_string()));
             all.extend(found.map(|one| one.device));
             all.sort();
             // One may have several names.
@@ -287,17 +301,6 @@ pub fn deactivate(group: &GroupName, stop: &Stop) -> Result<(), DriverError> {
     })
 }
 
-/// Takes away what was being made in a group, and gives what was growing the size that it had. Blocks.
-fn tidy(lvm: &Lvm, group: &GroupName) -> Result<(), DriverError> {
-    for volume in lvm.volumes(group)? {
-        match volume.is_unfinished {
-            true => lvm.change(group, &Change::Remove(&volume.key))?,
-            false => group::shrink_back(lvm, group, &volume)?,
-        }
-    }
-    Ok(())
-}
-
 /// Whether a group has been made of just these devices, and is empty. Error: it is there, and another.
 fn is_there(lvm: &Lvm, group: &GroupName, named: &[PathBuf]) -> Result<bool, DriverError> {
     let Some(found) = lvm.group(group)? else { return Ok(false) };
@@ -361,7 +364,12 @@ mod tests {
         let (again, is_first) = groups.take(&group, one, "one").unwrap();
         assert!(!is_first, "what is being made in it is no rest of anything");
         assert_eq!(groups.names(), ["vg0"]);
+        let name = LogicalName::new("a").unwrap();
+        let begun = held.begin(&name).unwrap();
+        assert!(again.has(&name), "who opens it again knows what is under way");
         drop((held, again));
+        assert_eq!(groups.names(), ["vg0"], "something is under way in it");
+        drop(begun);
         assert!(groups.names().is_empty());
         assert!(groups.take(&group, other, "other").unwrap().1);
     }

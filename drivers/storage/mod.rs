@@ -5,6 +5,7 @@
 //!              ───────▶ logical.rs    the volume group: made, activated, removed
 //!                       VolumeGroup ─ group.rs    what is done to each of its volumes
 //!                                   ─ block.rs    the device of one
+//!                                   ─ leftovers.rs  what was under way in it when somebody was killed
 //!              ─open──▶ mounts.rs    the device's file system, mounted and unmounted
 //!              ─sources─▶ sources.rs  what pools could come from
 //!                       held.rs      which folder is which pool's
@@ -29,6 +30,7 @@ mod fill;
 mod folder;
 mod group;
 mod held;
+mod leftovers;
 mod logical;
 mod look;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own table below /proc, and the devices that it names")]

@@ -249,6 +249,12 @@ impl Volume {
     async fn refuse_to_delete(&self, users: &[User], force: bool, with_snapshots: bool) -> Result<()> {
         let counts = |user: &User| !force || user.how != Usage::Config;
         self.pool.refuse_used("delete", &self.name, Fate::Removed, users, counts).await?;
+        let others = self.snapshots_of_it();
+        if !others.is_empty() {
+            let (name, others) = (&self.name, others.join(", "));
+            let text = format!("cannot delete volume '{name}': it is the origin of {others}; delete those first");
+            return Err(Error::InUse(text));
+        }
         let look = self.look()?;
         if look.snapshots > 0 && !with_snapshots {
             let (count, name) = (look.snapshots, &self.name);
@@ -258,6 +264,13 @@ impl Volume {
             return Err(Error::OperationInvalid(text));
         }
         Ok(())
+    }
+
+    /// The volumes of its pool that would go with it, for people.
+    fn snapshots_of_it(&self) -> Vec<String> {
+        let state = lock(&self.pool.state);
+        let these = state.volumes.iter().filter(|(_, row)| row.look.origin.as_deref() == Some(&*self.name));
+        these.map(|(name, _)| ObjectKind::Volume.named(name)).collect()
     }
 
     /// What deleting it would meet.

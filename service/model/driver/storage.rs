@@ -239,6 +239,8 @@ pub struct VolumeLook {
     pub backing: Option<BackingLook>,
     /// Part of what it holds is in a file beside it, which is never followed.
     pub has_data_file: bool,
+    /// The volume of the same pool that it is a snapshot of, and goes with, where it is no file.
+    pub origin: Option<String>,
     /// How many snapshots are in it.
     pub snapshots: u32,
     /// It can be read with a secret only.
