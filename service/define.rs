@@ -206,7 +206,8 @@ impl Service {
         })?;
         let mut def = Arc::new(def);
         self.shared.images.declare(&mut def);
-        let (stored, read) = readable(&def, &seat).await?;
+        let (kept, looked) = tokio::join!(readable(&def, &seat), self.look(&*driver, &def));
+        let (stored, read) = kept?;
         self.shared.readings.keep(&stored, Arc::new(read));
         let stored = Arc::new(stored);
         if validate {
@@ -215,7 +216,7 @@ impl Service {
             refuse(unmet(&*driver, &def).await)?;
             refuse(self.shared.images.frozen_in(&def).await)?;
         }
-        self.look(&*driver, &def).await?;
+        looked?;
         if existing.is_none() {
             self.shared.is_settled(def.uuid).await?;
         }

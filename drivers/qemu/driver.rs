@@ -107,11 +107,11 @@ impl Driver for QemuDriver {
         };
         let (inner, here) = (self.0.clone(), def.clone());
         let errand = Errand::new(def.uuid, "the files of the machine");
-        self.0.workers.run(errand, move |_| inner.accept(here, &caps)).await?;
+        let passed = self.0.workers.run(errand, move |_| inner.accept(here, &caps)).await?;
         if let Some((_, lack)) = self.lacks_secrets(def).await?.into_iter().next() {
             return Err(lack);
         }
-        let judged = asked.map(|asked| Judged { by: names_emulator(def), asked });
+        let judged = asked.map(|asked| Judged { by: names_emulator(def), asked, passed });
         Ok(Accepted(judged.ok().map(|judged| Box::new(judged) as Box<dyn Any + Send + Sync>)))
     }
 

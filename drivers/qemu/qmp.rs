@@ -34,6 +34,8 @@ use virt_model::driver::DriverError;
 
 /// How long a command may take unless its caller says otherwise.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(20);
+/// What has QEMU take commands.
+const NEGOTIATE: &str = "qmp_capabilities";
 /// The longest line that is read, in bytes: what a machine with some hundred images answers is shorter. Understood, a line
 /// takes a multiple of that.
 const MAX_LINE: usize = 4 << 20;
@@ -106,25 +108,41 @@ struct Outgoing {
 struct Waiting(Mutex<Option<HashMap<u64, oneshot::Sender<Value>>>>);
 
 impl Qmp {
-    /// Connects to the socket at `path`, says hello, and hears events from then on. `within` bounds all of it: a QEMU
-    /// whose monitor is taken accepts the connection and says nothing.
+    /// Connects to the socket at `path`, is greeted, and hears events from then on. `within` bounds all of it: a QEMU whose monitor
+    /// is taken accepts the connection and says nothing. A QEMU that is just beginning greets long before it takes commands:
+    /// [`Qmp::ready`] or [`Qmp::begin`] comes before the first.
     pub async fn connect(path: &Path, listener: impl Listener, within: Duration) -> Result<Qmp, QmpError> {
         let stream =
             UnixStream::connect(path).await.map_err(|e| QmpError::Connect(format!("{}: {e}", path.display())))?;
-        Qmp::negotiate(stream, listener, within).await
+        let greeted = timeout(within, Qmp::greeted(stream, listener));
+        greeted.await.unwrap_or_else(|_| Err(QmpError::TimedOut("greeting".into())))
     }
 
-    /// As [`Qmp::connect`], on a stream that stands.
+    /// On a stream that stands, with a QEMU that takes commands by the time this returns.
     pub async fn negotiate(stream: UnixStream, listener: impl Listener, within: Duration) -> Result<Qmp, QmpError> {
         let hello = async {
-            let (read, write) = stream.into_split();
-            let mut lines = Lines::new(read);
-            greeting(&mut lines).await?;
-            let qmp = Qmp::run(lines, write, listener);
-            qmp.execute("qmp_capabilities", json!({})).await?;
+            let qmp = Qmp::greeted(stream, listener).await?;
+            qmp.ready(within).await?;
             Ok(qmp)
         };
         timeout(within, hello).await.unwrap_or_else(|_| Err(QmpError::TimedOut("greeting".into())))
+    }
+
+    async fn greeted(stream: UnixStream, listener: impl Listener) -> Result<Qmp, QmpError> {
+        let (read, write) = stream.into_split();
+        let mut lines = Lines::new(read);
+        greeting(&mut lines).await?;
+        Ok(Qmp::run(lines, write, listener))
+    }
+
+    /// Waits until QEMU takes commands.
+    pub async fn ready(&self, within: Duration) -> Result<(), QmpError> {
+        self.execute_with(NEGOTIATE, json!({}), Vec::new(), within).await.map(drop)
+    }
+
+    /// Has QEMU take commands when it comes to that; what it is given meanwhile it does then, in that order.
+    pub async fn begin(&self) {
+        self.tell(NEGOTIATE, json!({})).await;
     }
 
     fn run(lines: Lines, write: OwnedWriteHalf, listener: impl Listener) -> Qmp {
@@ -149,18 +167,24 @@ impl Qmp {
         fds: Vec<ClosedAside>,
         within: Duration,
     ) -> Result<Value, QmpError> {
+        let exchange = async { self.send(command, arguments, fds).await?.answer(within).await };
+        timeout(within, exchange).await.unwrap_or_else(|_| Err(QmpError::TimedOut(command.to_owned())))
+    }
+
+    /// Gives a command that QEMU does after all that it was given before, also where that was refused.
+    pub async fn send<'a>(
+        &'a self,
+        command: &'a str,
+        arguments: Value,
+        fds: Vec<ClosedAside>,
+    ) -> Result<Sent<'a>, QmpError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();
-        let _place = self.waiting.enter(id, reply)?;
+        let place = self.waiting.enter(id, reply)?;
         let line = line(command, arguments, id);
-        let exchange = async {
-            self.queue.send(Outgoing { line, fds }).await.map_err(|_| QmpError::Closed)?;
-            answer.await.map_err(|_| QmpError::Closed)
-        };
         let changes = (!Known::is_question(command)).then(|| Change::begin(&self.known, command));
-        let reply = timeout(within, exchange).await.map_err(|_| QmpError::TimedOut(command.to_owned()))??;
-        drop(changes);
-        result(command, reply)
+        self.queue.send(Outgoing { line, fds }).await.map_err(|_| QmpError::Closed)?;
+        Ok(Sent { command, answer, _place: place, _changes: changes })
     }
 
     /// What `read` finds in what QEMU says to a question, or has said while nothing changed that it was told or reports
@@ -191,6 +215,22 @@ impl Qmp {
         let line = line(command, arguments, id);
         // Where the stream has ended, all who wait are told that.
         let _ = timeout(COMMAND_TIMEOUT, self.queue.send(Outgoing { line, fds: Vec::new() })).await;
+    }
+}
+
+/// A command that QEMU was given, and has not answered.
+pub struct Sent<'a> {
+    command: &'a str,
+    answer: oneshot::Receiver<Value>,
+    _place: Place<'a>,
+    _changes: Option<Change<'a>>,
+}
+
+impl Sent<'_> {
+    /// Its `return`, if that comes in time.
+    pub async fn answer(self, within: Duration) -> Result<Value, QmpError> {
+        let reply = timeout(within, self.answer).await.map_err(|_| QmpError::TimedOut(self.command.to_owned()))?;
+        result(self.command, reply.map_err(|_| QmpError::Closed)?)
     }
 }
 

@@ -13,11 +13,13 @@ use super::attach::{Origin, Root, Tree};
 use super::build::{self, explain};
 use super::{Maker, Wall};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::{SigSet, SigmaskHow};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{OwnedFd, RawFd};
+use std::panic::AssertUnwindSafe;
 use std::sync::OnceLock;
 
 /// The descriptor of the host's maker of terminals, an `O_PATH` one, which a process behind such a wall has: a node of its own
@@ -58,27 +60,41 @@ pub fn fork(wall: &Wall, work: impl FnOnce(io::Result<()>) -> Infallible) -> io:
     made
 }
 
-/// The maker's whole life, and that of its child.
+/// The maker's whole life.
 fn make(wall: &Wall, (said, mut say): (File, File), work: impl FnOnce(io::Result<()>) -> Infallible) -> ! {
     drop(said);
-    // SAFETY: this process has one thread; its child goes on with a copy of all that it has, and does not return from here.
-    let child = namespaces(wall).and_then(|()| {
-        match unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0) } {
-            -1 => Err(io::Error::last_os_error()),
-            child => Ok(child as i32),
+    let made = namespaces(wall).and_then(|()| first_process(|| match work(go_behind(wall)) {}));
+    let _ = match made {
+        // The memory is the child's, too, from here on: nothing of it is changed.
+        Ok(child) => {
+            let [a, b, c, d] = child.to_ne_bytes();
+            say.write_all(&[MADE, a, b, c, d])
         }
-    });
-    let word = match child {
-        Ok(0) => {
-            drop(say);
-            match work(go_behind(wall)) {}
-        }
-        Ok(child) => [&[MADE][..], &child.to_ne_bytes()].concat(),
-        Err(why) => [&[FAILED][..], format!("{why:<4}").as_bytes()].concat(),
+        Err(why) => say.write_all(&[&[FAILED][..], format!("{why:<4}").as_bytes()].concat()),
     };
-    let _ = say.write_all(&word);
     // SAFETY: ends this process, and runs nothing of what its copy of us would have run at an end.
     unsafe { libc::_exit(0) }
+}
+
+/// Bytes of the stack of a process that has another's memory.
+const STACK: usize = 1 << 20;
+
+/// Makes a child of the calling process' parent, which does `work`. It has the calling process' memory instead of a copy, which
+/// would be made and thrown away: from then on the calling process, which has one thread, must change nothing of it, and end.
+fn first_process<W: FnOnce()>(work: W) -> io::Result<libc::pid_t> {
+    extern "C" fn live<W: FnOnce()>(work: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: it was made of a box below, for this process alone.
+        let work = unsafe { Box::from_raw(work.cast::<W>()) };
+        work();
+        0
+    }
+    let stack = Box::leak(Box::<[u128]>::new_uninit_slice(STACK / size_of::<u128>()));
+    let (work, flags) = (Box::into_raw(Box::new(work)), libc::CLONE_VM | libc::CLONE_PARENT | libc::SIGCHLD);
+    // SAFETY: the stack is nobody else's, and grows down from its end; what `work` borrows is left as it is by the caller.
+    match unsafe { libc::clone(live::<W>, stack.as_mut_ptr_range().end.cast(), flags, work.cast()) } {
+        -1 => Err(io::Error::last_os_error()),
+        child => Ok(child),
+    }
 }
 
 /// Everything of its own but mounts, which need its first process.
@@ -153,12 +169,33 @@ pub fn show(user: &OwnedFd, mounts: &OwnedFd, files: &[LentFile]) -> io::Result<
         let root = Root(openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?);
         root.attach_new(&trees, files)
     };
-    // SAFETY: what the child does is said above; it never returns.
-    in_child(work, |work| match unsafe { libc::fork() } {
-        -1 => Err(io::Error::last_os_error()),
-        0 => match work(Ok(())) {},
-        child => Ok(child),
-    })
+    let mut shown = Err(io::Error::other("the process that was to show it failed"));
+    aside(|| shown = work())?;
+    shown
+}
+
+/// Runs `work` in a process of its own, in which the calling thread goes on as it were: with our memory and our descriptors, and
+/// with namespaces of its own. Nothing is copied for it, and none of our files is closed at its end, which is waited for.
+fn aside<W: FnOnce()>(work: W) -> io::Result<()> {
+    extern "C" fn live<W: FnOnce()>(work: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: it points to what is below, whose owner stands still until this has ended.
+        let work = unsafe { &mut *work.cast::<Option<W>>() }.take();
+        let _ = std::panic::catch_unwind(AssertUnwindSafe(|| work.into_iter().for_each(|work| work())));
+        0
+    }
+    let mut stack = Box::<[u128]>::new_uninit_slice(STACK / size_of::<u128>());
+    let mut work = Some(work);
+    let flags = libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_VFORK | libc::SIGCHLD;
+    // What is to be done on a signal is ours to do, not that process'.
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+    // SAFETY: the calling thread stands still until it has ended, and the stack is its own.
+    let child =
+        match unsafe { libc::clone(live::<W>, stack.as_mut_ptr_range().end.cast(), flags, (&raw mut work).cast()) } {
+            -1 => Err(io::Error::last_os_error()),
+            child => Ok(child),
+        };
+    before.thread_set_mask()?;
+    child.map(reap)
 }
 
 /// Runs `work` in a process that `fork` makes, unless that says why not, and waits for its end; gives what either failed with.

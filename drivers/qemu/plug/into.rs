@@ -9,8 +9,9 @@ use crate::host::workers::ClosedAside;
 use crate::qemu::command::{self, OneDevice, Step, fd_name};
 use crate::qemu::given::{self, GivenImage};
 use crate::qemu::instance::Body;
+use crate::qemu::monitor::DEAF;
 use crate::qemu::plan::{Companion, HostFile, SecretContent, Tap};
-use crate::qemu::qmp::COMMAND_TIMEOUT;
+use crate::qemu::qmp::{COMMAND_TIMEOUT, QmpError};
 use crate::qemu::taking::Taking;
 use crate::qemu::{QemuDriver, declared, live, tap};
 use crate::secret::Vault;
@@ -18,6 +19,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use tokio::time::timeout;
 use virt_model::domain::DomainDef;
 use virt_model::driver::{Attachment, DriverError};
 
@@ -184,6 +186,7 @@ impl QemuDriver {
         Ok(link)
     }
 
+    /// Tells QEMU all of it at once, and waits for its answers: what comes later is refused with what it needs.
     async fn tell(
         &self,
         body: &Arc<Body>,
@@ -191,6 +194,7 @@ impl QemuDriver {
         shared: &BTreeSet<String>,
         done: &mut Vec<(&'static str, Value)>,
     ) -> Result<(), DriverError> {
+        let mut all = Vec::new();
         for step in steps {
             if step.is_of_limits() && step.arguments["id"].as_str().is_some_and(|id| shared.contains(id)) {
                 continue;
@@ -202,18 +206,29 @@ impl QemuDriver {
                 said.into_iter().for_each(|said| _ = said.remove("file"));
                 (arguments["data"], arguments["format"]) = (Value::from(data), Value::from("base64"));
             }
-            let told = match command {
-                // It opens what may lie on slow storage.
-                "blockdev-add" => body.patiently(command, arguments).await,
-                _ => body.ask(command, arguments).await,
+            all.push((command, arguments, undo));
+        }
+        let monitor = body.monitor()?;
+        let mut told = Vec::new();
+        for (command, arguments, undo) in all {
+            // It opens what may lie on slow storage.
+            let within = if command == "blockdev-add" { DEAF } else { COMMAND_TIMEOUT };
+            let sent = timeout(COMMAND_TIMEOUT, monitor.send(command, arguments, Vec::new())).await;
+            told.push((undo, sent.unwrap_or_else(|_| Err(QmpError::TimedOut(command.to_owned()))), within));
+        }
+        let mut failed = None;
+        for (undo, sent, within) in told {
+            let answered = match &failed {
+                // What QEMU did not answer in time it may do when it answers again, and what it was told afterwards.
+                Some(DriverError::TimedOut(why)) => Err(DriverError::TimedOut(why.clone())),
+                _ => async { sent?.answer(within).await }.await.map_err(DriverError::from),
             };
-            // QEMU may do it when it answers again.
-            if matches!(told, Ok(_) | Err(DriverError::TimedOut(_))) {
+            if matches!(answered, Ok(_) | Err(DriverError::TimedOut(_))) {
                 done.extend(undo);
             }
-            told?;
+            failed = failed.or(answered.err());
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 }
 
