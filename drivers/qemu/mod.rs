@@ -195,6 +195,13 @@ impl QemuDriver {
         looked.await
     }
 
+    /// Refuses what a start from power off would be refused for.
+    async fn passes(&self, def: &DomainDef, caps: Arc<Capabilities>) -> Result<check::Passed, DriverError> {
+        let (inner, here) = (self.0.clone(), def.clone());
+        let errand = Errand::new(def.uuid, "the files of the machine");
+        self.0.workers.run(errand, move |_| inner.accept(here, &caps)).await
+    }
+
     /// By whose rights tools run that work for no guest.
     pub fn tool_rights(&self) -> crate::storage::ToolRights {
         let inner = self.0.clone();
@@ -330,7 +337,7 @@ impl Inner {
         found
     }
 
-    /// Refuses what a start from power off would be refused for; the command line is built once for all that looks at it. Blocks.
+    /// See [`QemuDriver::passes`]; the command line is built once for all that looks at it. Blocks.
     fn accept(&self, def: DomainDef, caps: &Capabilities) -> Result<check::Passed, DriverError> {
         let (own, as_us, mut here) = (guests_dir(&def), self.privileges.are_ours(), def.clone());
         let places = hostdev::find_usb(&mut here, Path::new(SYSFS), false).unwrap_or_default();
