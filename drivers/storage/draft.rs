@@ -71,7 +71,14 @@ impl Draft {
     pub fn name(&self, name: &str) -> io::Result<()> {
         let mut unfinished = self.unfinished.lock().unwrap_or_else(PoisonError::into_inner);
         match &*unfinished {
-            Some(from) => renameat_with(&self.folder, from, &self.folder, name, RenameFlags::NOREPLACE)?,
+            Some(from) => match renameat_with(&self.folder, from, &self.folder, name, RenameFlags::NOREPLACE) {
+                // NFS has no word for that; a second name is not given where one is.
+                Err(Errno::INVAL) => {
+                    linkat(&self.folder, from, &self.folder, name, AtFlags::empty())?;
+                    unlinkat(&self.folder, from, AtFlags::empty())?;
+                }
+                renamed => renamed?,
+            },
             None => self.link(name)?,
         }
         *unfinished = None;

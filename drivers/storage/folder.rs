@@ -18,6 +18,9 @@ use virt_model::xml::is_deceptive;
 /// More names than these are not read: a folder of so many is none for volumes.
 const MOST: usize = 200_000;
 
+/// So long ago in seconds, a day, nobody who still makes a volume has last written to it.
+const LATE: i64 = 24 * 60 * 60;
+
 /// A pool's folder, and where it is without links.
 #[derive(Debug)]
 pub struct PoolFolder(OwnedFd, PathBuf);
@@ -85,7 +88,7 @@ impl PoolFolder {
                 continue;
             }
             match entry.file_name().to_str() {
-                Ok(name) if name.starts_with(UNFINISHED) => {}
+                Ok(name) if name.starts_with(UNFINISHED) || is_left_by_nfs(name) => {}
                 Ok(name) if check_volume_name(name).is_ok() && !name.chars().any(is_deceptive) => {
                     names.push(name.to_owned())
                 }
@@ -97,7 +100,7 @@ impl PoolFolder {
 
     /// The file of that name, if there is one that can be a volume: a plain file in the folder itself. It is not opened.
     pub fn beneath(&self, name: &str) -> io::Result<Option<Beneath>> {
-        if check_volume_name(name).is_err() {
+        if check_volume_name(name).is_err() || is_left_by_nfs(name) {
             return Ok(None);
         }
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
@@ -130,6 +133,16 @@ impl PoolFolder {
         Ok(Room { capacity, allocation: capacity.saturating_sub(free), available: bytes(room.f_bavail) })
     }
 
+    /// Whether somebody may be at work on it, by its server's clock or ours.
+    fn was_written_of_late(&self, name: &std::ffi::CStr) -> io::Result<bool> {
+        let stat = match statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => return Ok(true),
+            stat => stat?,
+        };
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
+        Ok(now.saturating_sub(stat.st_mtime) < LATE)
+    }
+
     /// Removes what has that name, for good.
     pub fn remove(&self, name: &str) -> io::Result<()> {
         match unlinkat(&self.0, name, AtFlags::empty()) {
@@ -138,11 +151,15 @@ impl PoolFolder {
         }
     }
 
-    /// Removes what was being made when somebody was killed.
-    pub fn remove_unfinished(&self) -> io::Result<()> {
+    /// Removes what was being made when somebody was killed. `others_too`: another host may be making volumes in it now, so what was
+    /// written of late stays.
+    pub fn remove_unfinished(&self, others_too: bool) -> io::Result<()> {
         for entry in Dir::read_from(&self.0)?.take(MOST) {
             let entry = entry?;
             if entry.file_name().to_bytes().starts_with(UNFINISHED.as_bytes()) {
+                if others_too && self.was_written_of_late(entry.file_name())? {
+                    continue;
+                }
                 match unlinkat(&self.0, entry.file_name(), AtFlags::empty()) {
                     Err(Errno::NOENT | Errno::ISDIR) => {}
                     removed => removed?,
@@ -151,6 +168,12 @@ impl PoolFolder {
         }
         Ok(())
     }
+}
+
+/// Whether NFS has called a file so that was removed while it is open: it goes when it is closed.
+fn is_left_by_nfs(name: &str) -> bool {
+    let number = name.strip_prefix(".nfs");
+    number.is_some_and(|number| number.len() == 24 && number.bytes().all(|digit| digit.is_ascii_hexdigit()))
 }
 
 /// Which file it is.
@@ -211,5 +234,43 @@ impl Beneath {
     fn open_as(&self, way: OFlags) -> io::Result<OwnedFd> {
         let flags = way | OFlags::NONBLOCK | OFlags::CLOEXEC;
         apart(openat(rustix::fs::CWD, through(&self.fd), flags, Mode::empty())?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nfs_keeps_of_a_removed_file_is_no_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in [".nfs0123456789abcdef01234567", ".nfs0123", "a.img"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let folder = PoolFolder::open(dir.path(), false).unwrap();
+        let mut names = folder.names().unwrap().0;
+        names.sort();
+        assert_eq!(names, [".nfs0123", "a.img"]);
+        assert!(folder.beneath(".nfs0123456789abcdef01234567").unwrap().is_none());
+        assert!(folder.beneath(".nfs0123").unwrap().is_some());
+    }
+
+    #[test]
+    fn what_another_host_may_be_making_stays_for_a_day() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(format!("{UNFINISHED}{name}"));
+        let make = || {
+            for (name, hours) in [("new", 0), ("late", 23), ("old", 25)] {
+                let file = File::create(at(name)).unwrap();
+                file.set_modified(std::time::SystemTime::now() - std::time::Duration::from_secs(hours * 3600)).unwrap();
+            }
+        };
+        let left = || ["new", "late", "old"].into_iter().filter(|name| at(name).exists()).collect::<Vec<_>>();
+        let folder = PoolFolder::open(dir.path(), false).unwrap();
+        make();
+        folder.remove_unfinished(true).unwrap();
+        assert_eq!(left(), ["new", "late"]);
+        folder.remove_unfinished(false).unwrap();
+        assert_eq!(left(), [""; 0]);
     }
 }

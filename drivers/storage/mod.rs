@@ -1,8 +1,9 @@
-//! Storage of this host: pools that are folders, and file systems on devices that are mounted on one.
+//! Storage of this host: pools that are folders, and file systems on devices, and folders of other hosts, that are mounted on one.
 //!
 //! ```text
 //!  HostStorage ─build─▶ build.rs     the folder, and the file system on the device
-//!              ─open──▶ mounts.rs    the device's file system, mounted and unmounted
+//!              ─open──▶ mounts.rs    what is mounted and unmounted: a device's file system, or
+//!                       share.rs     a folder of another host's; mount_table.rs tells what is there
 //!              ─sources─▶ sources.rs  what pools could come from
 //!                       held.rs      which folder is which pool's
 //!                       FolderPool ─ pool.rs      what is done to each volume
@@ -24,10 +25,13 @@ mod fill;
 mod folder;
 mod held;
 mod look;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own table below /proc")]
+mod mount_table;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own table below /proc, and the devices that it names")]
 mod mounts;
 mod pool;
 mod serve;
+mod share;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys")]
 mod sources;
 pub mod table;
@@ -41,7 +45,7 @@ use async_trait::async_trait;
 use build::BuildSite;
 use folder::PoolFolder;
 use held::{Held, HeldFolder};
-use mounts::Fresh;
+use mounts::{Fresh, Means};
 use pool::FolderPool;
 use sources::Search;
 use std::io;
@@ -88,7 +92,11 @@ impl HostStorage {
 #[async_trait]
 impl Storage for HostStorage {
     fn kinds(&self) -> Vec<PoolAbility> {
-        PoolKind::ALL.iter().map(|kind| self.ability(*kind)).collect()
+        let with_tools = |ability: PoolAbility| match self.lacks(ability.kind) {
+            lacks if lacks == ability.lacks => ability,
+            lacks => PoolAbility { lacks, volume_formats: &[], features: &[], finds_sources: false, ..ability },
+        };
+        self.kinds_with_tools().into_iter().map(with_tools).collect()
     }
 
     fn check(&self, def: &PoolDef) -> Result<(), DriverError> {
@@ -96,8 +104,10 @@ impl Storage for HostStorage {
             return Err(DriverError::Config(vec![Finding::unsupported(&def.at.attribute("type"), why)]));
         }
         let mut findings = table::refused_of_pool(def);
-        if def.kind == PoolKind::Fs {
-            findings.extend(mounts::refused(def));
+        match def.kind {
+            PoolKind::Fs => findings.extend(mounts::refused(def)),
+            PoolKind::Netfs => findings.extend(share::refused(def)),
+            _ => {}
         }
         if findings.is_empty() { Ok(()) } else { Err(DriverError::Config(findings)) }
     }
@@ -107,10 +117,14 @@ impl Storage for HostStorage {
         if findings.is_empty() { Ok(()) } else { Err(DriverError::Config(findings)) }
     }
 
-    async fn find_sources(&self, kind: PoolKind) -> Result<Vec<PoolSource>, DriverError> {
-        match (self.ability(kind), kind) {
-            (PoolAbility { lacks: None, finds_sources: true, .. }, PoolKind::Fs) => self.unused_file_systems().await,
-            (PoolAbility { lacks: Some(why), .. }, PoolKind::Fs) => Err(DriverError::Unsupported(why)),
+    async fn find_sources(&self, kind: PoolKind, asked: Option<&PoolSource>) -> Result<Vec<PoolSource>, DriverError> {
+        match (kind, self.lacks(kind)) {
+            (PoolKind::Fs | PoolKind::Netfs, Some(why)) => Err(DriverError::Unsupported(why)),
+            (PoolKind::Netfs, None) => self.offered(asked).await,
+            (PoolKind::Fs, None) if asked.is_some() => Err(DriverError::Argument(format!(
+                "a search for what pools of type '{kind}' could come from has no document: leave it empty"
+            ))),
+            (PoolKind::Fs, None) => self.unused_file_systems().await,
             _ => Err(DriverError::Unsupported(format!(
                 "what pools of type '{kind}' could come from is not searched here"
             ))),
@@ -119,7 +133,7 @@ impl Storage for HostStorage {
 
     async fn build(&self, def: &PoolDef, overwrite: bool, work: &dyn Work) -> Result<(), DriverError> {
         self.check(def)?;
-        if overwrite && def.kind == PoolKind::Dir {
+        if overwrite && matches!(def.kind, PoolKind::Dir | PoolKind::Netfs) {
             let text =
                 "a folder has nothing that is overwritten: build it without that, and delete its volumes".to_owned();
             return Err(DriverError::Argument(text));
@@ -160,38 +174,64 @@ impl Storage for HostStorage {
     async fn open(&self, def: &PoolDef, work: &dyn Work) -> Result<Arc<dyn OpenPool>, DriverError> {
         self.check(def)?;
         let (path, wary, errand, def) = (path_of(def), self.wary, HostStorage::errand(def, work), def.clone());
-        let errand = if def.kind == PoolKind::Fs { Errand { limit: mounts::PATIENCE, ..errand } } else { errand };
+        let limit = match def.kind {
+            PoolKind::Fs => mounts::PATIENCE,
+            PoolKind::Netfs => share::PATIENCE,
+            _ => errand.limit,
+        };
         let (held, rights, pool) = (self.held.clone(), self.rights.clone(), def.uuid);
         let (workers, secrets, runtime) = (self.workers.clone(), self.secrets.clone(), self.runtime.clone());
         work.step();
         let open = move |stop: &Arc<Stop>| {
-            let images = || FolderPool::images(&rights, pool, stop);
-            let (fresh, folder, device) = match def.kind {
-                PoolKind::Fs => {
-                    let (folder, device, fresh) = mounts::mounted((&path, &def), images)?;
-                    (fresh, folder, Some(device))
+            let means = Means {
+                images: &|| FolderPool::images(&rights, pool, stop),
+                secrets: &secrets,
+                runtime: &runtime,
+                stop,
+            };
+            let (fresh, folder, mounted) = match def.mounted_source() {
+                Some(_) => {
+                    let (folder, mounted, fresh) = mounts::mounted((&path, &def), &means)?;
+                    (fresh, folder, Some(mounted))
                 }
-                _ => (Fresh::default(), opened(&path, wary)?, None),
+                None => (Fresh::default(), opened(&path, wary)?, None),
             };
             let folder = Arc::new(folder);
             // What this pool is making itself is no rest of anything.
             if held.take(&folder, pool, &def.name, &path)? {
-                folder.remove_unfinished().map_err(|e| failed("tidy", &path, &e))?;
+                let others_too = def.kind == PoolKind::Netfs;
+                folder.remove_unfinished(others_too).map_err(|e| failed("tidy", &path, &e))?;
             }
-            let features = if fill::shares_blocks(&folder) { SHARING } else { FEATURES };
+            let features = match def.kind {
+                PoolKind::Netfs => OF_OTHERS_TOO,
+                _ if fill::shares_blocks(&folder) => SHARING,
+                _ => FEATURES,
+            };
             // What comes too late is taken away again.
             stop.check()?;
             let made_mount = fresh.keep();
             let real = folder.real().to_owned();
             let folder = HeldFolder::new(held, (pool, &def.name), folder);
-            Ok(FolderPool { pool, path, real, folder, device, made_mount, features, workers, rights, secrets, runtime })
+            Ok(FolderPool {
+                pool,
+                path,
+                real,
+                folder,
+                mounted,
+                made_mount,
+                features,
+                workers,
+                rights,
+                secrets,
+                runtime,
+            })
         };
         let workers = self.workers.clone();
-        Ok(Arc::new(workers.run(errand, open).await?))
+        Ok(Arc::new(workers.run(Errand { limit, ..errand }, open).await?))
     }
 
     async fn close(&self, def: &PoolDef) -> Result<(), DriverError> {
-        if def.mounted_device().is_none() {
+        if def.mounted_source().is_none() {
             return Ok(());
         }
         let (path, def) = (path_of(def), def.clone());
@@ -207,40 +247,57 @@ impl Storage for HostStorage {
 }
 
 impl HostStorage {
-    /// What can be done with pools of that kind.
+    /// What it can do with each kind of pool where every tool is installed.
+    pub fn kinds_with_tools(&self) -> Vec<PoolAbility> {
+        PoolKind::ALL.iter().map(|kind| self.ability(*kind)).collect()
+    }
+
     fn ability(&self, kind: PoolKind) -> PoolAbility {
-        let lacks = self.lacks(kind);
-        let (volume_formats, features): (&[_], &[_]) = match lacks {
-            None => (&["raw", "qcow2", "luks"], SHARING),
-            Some(_) => (&[], &[]),
+        let lacks = self.refuses(kind);
+        let (volume_formats, features): (&[_], &[_]) = match (lacks, kind) {
+            (None, PoolKind::Netfs) => (FORMATS, OF_OTHERS_TOO),
+            (None, _) => (FORMATS, SHARING),
+            (Some(_), _) => (&[], &[]),
         };
         let source_formats = match (kind, lacks) {
             (PoolKind::Fs, None) => mounts::FORMATS,
+            (PoolKind::Netfs, None) => share::FORMATS,
             _ => source_formats(kind),
         };
-        let finds_sources = kind == PoolKind::Fs && lacks.is_none();
+        let finds_sources = matches!(kind, PoolKind::Fs | PoolKind::Netfs) && lacks.is_none();
         let lacks = lacks.map(str::to_owned);
         PoolAbility { kind, lacks, volume_formats, source_formats, features, finds_sources }
     }
 
     /// Why pools of that kind are not started, if so.
-    fn lacks(&self, kind: PoolKind) -> Option<&'static str> {
+    fn lacks(&self, kind: PoolKind) -> Option<String> {
+        let refused = self.refuses(kind).map(str::to_owned);
+        refused.or_else(|| if kind == PoolKind::Netfs { share::lacks() } else { None })
+    }
+
+    /// The same whatever is installed.
+    fn refuses(&self, kind: PoolKind) -> Option<&'static str> {
         match kind {
             PoolKind::Dir => None,
-            PoolKind::Fs if self.wary => None,
-            PoolKind::Fs => Some(
+            PoolKind::Fs | PoolKind::Netfs if self.wary => None,
+            PoolKind::Fs | PoolKind::Netfs => Some(
                 "file systems are mounted by root's virtd alone, that of the system bus: define the pool there, or mount the \
                  file system by other means, and define a pool of type 'dir' on its folder",
             ),
-            _ => Some("pools of this type are kept and shown, and not started here: only 'dir' and 'fs' are"),
+            _ => Some("pools of this type are kept and shown, and not started here: only 'dir', 'fs' and 'netfs' are"),
         }
     }
 }
 
+/// The formats of volumes that are made.
+const FORMATS: &[&str] = &["raw", "qcow2", "luks"];
 /// What can be done with pools whose volumes are files.
 const FEATURES: &[&str] = &["create", "thin-clone", "resize", "shrink", "upload", "wipe", "watch"];
 /// The same where a copy can share blocks with what it is copied from.
 const SHARING: &[&str] = &["create", "thin-clone", "reflink", "resize", "shrink", "upload", "wipe", "watch"];
+
+/// The same where other hosts change what is there, and nobody tells.
+const OF_OTHERS_TOO: &[&str] = &["create", "thin-clone", "resize", "shrink", "upload", "wipe"];
 
 fn path_of(def: &PoolDef) -> PathBuf {
     PathBuf::from(def.target_path().unwrap_or_default())

@@ -54,7 +54,7 @@ impl Pool {
         match started {
             Ok(()) => self.commit(vec![("started", "booted")], |state| state.phase = Phase::Running),
             // Guests may run on what is mounted still.
-            Err(_) if on == Occasion::Again && def.mounted_device().is_some() => {
+            Err(_) if on == Occasion::Again && def.mounted_source().is_some() => {
                 self.commit(Vec::new(), |state| (state.phase, state.live) = (Phase::Inaccessible, Some(def)));
             }
             Err(_) => self.goes_down(on).await,

@@ -403,10 +403,10 @@ impl State {
     fn problems(&self) -> Vec<(&'static str, String)> {
         let mut problems = Vec::new();
         if self.phase == Phase::Inaccessible {
-            let device = self.live.as_ref().and_then(|live| live.mounted_device());
-            let text = match device {
-                Some(device) => format!(
-                    "the file system of {device} is not mounted on its folder any more, or cannot be read: refresh the pool to \
+            let source = self.live.as_ref().and_then(|live| live.mounted_source());
+            let text = match source {
+                Some(source) => format!(
+                    "the file system of {source} is not mounted on its folder any more, or cannot be read: refresh the pool to \
                      have it there again, or stop the pool"
                 ),
                 None => "what it is made of is not there any more: see to it, and refresh or stop the pool".to_owned(),

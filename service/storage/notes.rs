@@ -109,7 +109,7 @@ impl Pool {
         Some((noted.map_or(look.permissions.0, |noted| noted.owner), noted.and_then(|noted| noted.secret.clone())))
     }
 
-    /// Says which secrets open its volumes, active or not.
+    /// Says which secrets open its volumes, active or not, and which one lets it come to its server.
     pub(super) fn tell_needs(&self) {
         let _writing = lock(&self.notes);
         self.tell_noted_needs();
@@ -120,7 +120,9 @@ impl Pool {
         let needs: Vec<Need> = {
             let state = lock(&self.state);
             let noted = state.noted.values().filter(|_| !state.gone);
-            noted.filter_map(|noted| noted.secret.as_ref()).map(NotedSecret::need).collect()
+            let own = state.def.secret().filter(|_| state.persistent && !state.gone);
+            let own = own.map(|uuid| Need { what: Needed::Secret(SecretName::Uuid(uuid)), place: "".into() });
+            noted.filter_map(|noted| noted.secret.as_ref()).map(NotedSecret::need).chain(own).collect()
         };
         self.shared.uses.are(self.reference(), &[], &needs);
     }

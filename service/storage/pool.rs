@@ -248,7 +248,7 @@ impl Pool {
             let state = lock(&self.state);
             (state.open.clone(), state.live.clone())
         };
-        if live.as_ref().is_some_and(|live| live.mounted_device().is_some()) {
+        if live.as_ref().is_some_and(|live| live.mounted_source().is_some()) {
             self.refuse_users("stop", &self.users(), |user| user.how == Usage::Live)?;
         }
         let Some(open) = open else {

@@ -33,6 +33,7 @@ mod storage;
 mod storage_disks;
 mod storage_fs;
 mod storage_nbd;
+mod storage_netfs;
 mod storage_quotas;
 mod storage_volumes;
 mod stranger;

@@ -1,8 +1,9 @@
-//! Devices that are taken from a host's drivers and given back, by a real kernel: the host is the Linux guest with an IOMMU, in which
-//! this program runs once more.
+//! Devices that are taken from a host's drivers and given back, and a folder of another host's that is mounted (`shares.rs`), by a real
+//! kernel: the host is the Linux guest with an IOMMU, in which this program runs once more.
 
 use crate::common::guest::lin_files;
 use crate::common::have;
+use crate::shares;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use std::fs;
 use std::io::Write as _;
@@ -29,17 +30,18 @@ const INIT: &str = "#!/bin/busybox sh
 export PATH=/bin:/sbin
 mount -t devtmpfs d /dev; mount -t proc p /proc; mount -t sysfs s /sys
 for m in $(cat /lib/mod/carried); do insmod /lib/mod/$m.ko; done
-/sbin/test --exact taken::a_card_and_a_macvtap_are_taken_and_given_back_by_a_real_kernel --nocapture
+/sbin/test --exact taken::what_few_kernels_can_is_taken_and_given_back_by_a_real_one --nocapture
 poweroff -f
 ";
 
 #[tokio::test]
-async fn a_card_and_a_macvtap_are_taken_and_given_back_by_a_real_kernel() {
+async fn what_few_kernels_can_is_taken_and_given_back_by_a_real_one() {
     if fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.contains(INSIDE)) {
         let devices = LinuxDevices::new(Claims::default(), true);
         let card = is_there(&devices).await;
         a_card_goes_to_vfio_and_comes_back(&devices, &card).await;
         a_macvtap_is_made_and_goes();
+        shares::a_folder_of_another_host_is_a_pool().await;
         return println!("{DONE}");
     }
     if !have(&["ip", "strip", "timeout"]) {

@@ -129,17 +129,19 @@ impl Check<'_> {
                 self.refuse(&store.at, format!("more than {MOST_LAYERS} layers are not supported"));
                 return;
             }
-            let kind = store.kind.unwrap_or_default();
+            let stands = matches!(&*above, "qcow2" | "qcow" | "qed" | "vmdk");
+            self.refuse_if(!stands, &store.at, &format!("an image of format '{above}' does not stand on another"));
+            let kind = store.kind();
             match (kind, &store.source) {
                 (DiskKind::File | DiskKind::Block, _) => {}
+                // Where it is, and of which format, is known when it starts, as of a disk.
+                (DiskKind::Volume, _) => return,
                 (DiskKind::Network, Some(source)) => self.server(source),
                 _ => {
                     self.refuse(&store.at.attribute("type"), format!("layers of type='{kind}' are not supported"));
                     return;
                 }
             }
-            let stands = matches!(&*above, "qcow2" | "qcow" | "qed" | "vmdk");
-            self.refuse_if(!stands, &store.at, &format!("an image of format '{above}' does not stand on another"));
             let path = store.source.as_ref().and_then(|source| source.path(kind));
             self.refuse_if(path.is_none() && kind != DiskKind::Network, &store.at, "a layer needs a <source>");
             self.absolute(path, &store.at);
