@@ -58,10 +58,15 @@ pub async fn neighbours(live: &DomainDef, own: Option<&OwnNetwork>) -> Result<Ve
     let inside = cards.iter().find_map(|(_, own)| own.clone());
     let is_outside = cards.iter().any(|(_, own)| own.is_none());
     let ask = move || {
-        let failed = |why: String| DriverError::Hypervisor(format!("neighbours cannot be told: {why}"));
+        let failed = |why: String| DriverError::Internal(format!("neighbours cannot be told: {why}"));
         let hosts = is_outside.then(neighbours::known).transpose().map_err(|error| failed(error.to_string()))?;
-        let own = inside.map(|own| own.neighbours()).transpose().map_err(|error| failed(error.to_string()))?;
-        Ok::<_, DriverError>((hosts.unwrap_or_default(), own.unwrap_or_default()))
+        // Where nobody holds that network any more, nothing is in there.
+        let inside = inside.filter(|own| own.holder().is_some());
+        let own = match inside.map(|own| own.neighbours()).transpose() {
+            Err(error) if hosts.is_none() => return Err(failed(error.to_string())),
+            own => own.unwrap_or_default(),
+        };
+        Ok((hosts.unwrap_or_default(), own.unwrap_or_default()))
     };
     let (hosts, in_own) = blocking(ask).await??;
     let told = cards.into_iter().map(|(mac, own)| {

@@ -17,7 +17,7 @@ use super::log::Log;
 use super::make;
 use super::monitor::Monitor;
 use super::plan::{Command, Companion, Expected, HostFile, MemorySource, Role, SecretContent, VSOCK_FD};
-use super::qmp::Qmp;
+use super::qmp::{COMMAND_TIMEOUT, Qmp};
 use super::record::{Keeper, Phase, Record};
 use super::report::Reporter;
 use super::room;
@@ -48,8 +48,9 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -225,10 +226,9 @@ impl Start {
         let reporter = Reporter::new(Guest::starting(), self.events.clone(), agent::device(&self.started));
         // Most of what follows is waiting for QEMU.
         let recorder = self.recorder.clone();
-        let said = blocking(move || recorder.will_run(&live));
-        let up = async { tokio::join!(self.bring_up(&reporter, keeper), said).0 };
+        let said = tokio::spawn(blocking(move || recorder.will_run(&live)));
         let (monitor, devices) = tokio::select! {
-            up = up => up?,
+            up = self.bring_up(&reporter, keeper, said) => up?,
             _ = process.ended() => return Err(DriverError::Gone),
             () = self.cancel.cancelled() => return Err(DriverError::Cancelled),
             why = lost_companion(&made.companions, process) => return Err(why),
@@ -452,21 +452,25 @@ impl Start {
         self.lender.user().map(|_| (self.uuid, self.bounds))
     }
 
-    /// From the process to running CPUs.
-    async fn bring_up(&self, reporter: &Arc<Reporter>, keeper: &Arc<Keeper>) -> Result<Answers, DriverError> {
-        let monitor = Qmp::connect(&self.leavings().monitor(), reporter.ears(), HELLO).await?;
-        let monitor = Arc::new(monitor);
-        let cpu = match self.only_runs() {
-            true => {
-                monitor.begin().await;
-                None
-            }
+    /// From the process to running CPUs. When `said` has ended, what it will run as is with the recorder.
+    async fn bring_up(
+        &self,
+        reporter: &Arc<Reporter>,
+        keeper: &Arc<Keeper>,
+        said: JoinHandle<Result<(), DriverError>>,
+    ) -> Result<Answers, DriverError> {
+        let begun = Instant::now();
+        let left = || HELLO.saturating_sub(begun.elapsed());
+        let greeted = Qmp::connect(&self.leavings().monitor(), reporter.ears(), HELLO).await?;
+        let (monitor, cpu, within) = match self.only_runs() {
+            true => (Arc::new(greeted.ready_in_time().await), None, left()),
             false => {
-                monitor.ready(HELLO).await?;
-                self.make_ready(&monitor, reporter, keeper).await?
+                let monitor = Arc::new(greeted.ready(left()).await?);
+                let cpu = self.make_ready(&monitor, reporter, keeper).await?;
+                (monitor, cpu, COMMAND_TIMEOUT)
             }
         };
-        let ask = async |command: &str| monitor.execute_with(command, json!({}), Vec::new(), HELLO).await;
+        let ask = async |command: &str| monitor.execute_with(command, json!({}), Vec::new(), within).await;
         let devices = async {
             match live::has_terminals(&self.started) {
                 true => ask("query-chardev").await.map_err(DriverError::from),
@@ -474,7 +478,10 @@ impl Start {
             }
         };
         let cpu = cpu.map(|cpu| expanded::written(&cpu));
-        let kept = keeper.change(|record| (record.phase, record.cpu) = (Phase::Running, cpu));
+        let kept = async {
+            let _ = said.await;
+            keeper.change(|record| (record.phase, record.cpu) = (Phase::Running, cpu)).await
+        };
         let runs = async {
             if self.paused {
                 reporter.guest(Guest::stands);

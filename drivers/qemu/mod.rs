@@ -199,7 +199,7 @@ impl QemuDriver {
     async fn passes(&self, def: &DomainDef, caps: Arc<Capabilities>) -> Result<check::Passed, DriverError> {
         let (inner, here) = (self.0.clone(), def.clone());
         let errand = Errand::new(def.uuid, "the files of the machine");
-        self.0.workers.run(errand, move |_| inner.accept(here, &caps)).await
+        self.0.workers.run(errand, move |_| inner.accept(here, caps)).await
     }
 
     /// By whose rights tools run that work for no guest.
@@ -288,7 +288,7 @@ impl QemuDriver {
             started.cpu = Some(command::pinned(started.cpu.as_ref(), then, &caps));
         }
         let command = match passed {
-            Some(passed) => passed.command(&started, &caps, &place),
+            Some(passed) => passed.command(&started, &place),
             None => check::checked_command(&started, &caps, &place),
         };
         let mut command = command.map_err(DriverError::Config)?;
@@ -338,7 +338,7 @@ impl Inner {
     }
 
     /// See [`QemuDriver::passes`]; the command line is built once for all that looks at it. Blocks.
-    fn accept(&self, def: DomainDef, caps: &Capabilities) -> Result<check::Passed, DriverError> {
+    fn accept(&self, def: DomainDef, caps: Arc<Capabilities>) -> Result<check::Passed, DriverError> {
         let (own, as_us, mut here) = (guests_dir(&def), self.privileges.are_ours(), def.clone());
         let places = hostdev::find_usb(&mut here, Path::new(SYSFS), false).unwrap_or_default();
         let place = command::Place::now(&own, MONITOR_FD, !as_us);

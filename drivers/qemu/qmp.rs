@@ -109,40 +109,24 @@ struct Waiting(Mutex<Option<HashMap<u64, oneshot::Sender<Value>>>>);
 
 impl Qmp {
     /// Connects to the socket at `path`, is greeted, and hears events from then on. `within` bounds all of it: a QEMU whose monitor
-    /// is taken accepts the connection and says nothing. A QEMU that is just beginning greets long before it takes commands:
-    /// [`Qmp::ready`] or [`Qmp::begin`] comes before the first.
-    pub async fn connect(path: &Path, listener: impl Listener, within: Duration) -> Result<Qmp, QmpError> {
+    /// is taken accepts the connection and says nothing. A QEMU that is just beginning greets long before it takes commands.
+    pub async fn connect(path: &Path, listener: impl Listener, within: Duration) -> Result<Greeted, QmpError> {
         let stream =
             UnixStream::connect(path).await.map_err(|e| QmpError::Connect(format!("{}: {e}", path.display())))?;
-        let greeted = timeout(within, Qmp::greeted(stream, listener));
-        greeted.await.unwrap_or_else(|_| Err(QmpError::TimedOut("greeting".into())))
+        in_time("greeting", within, Qmp::greeted(stream, listener)).await
     }
 
     /// On a stream that stands, with a QEMU that takes commands by the time this returns.
     pub async fn negotiate(stream: UnixStream, listener: impl Listener, within: Duration) -> Result<Qmp, QmpError> {
-        let hello = async {
-            let qmp = Qmp::greeted(stream, listener).await?;
-            qmp.ready(within).await?;
-            Ok(qmp)
-        };
-        timeout(within, hello).await.unwrap_or_else(|_| Err(QmpError::TimedOut("greeting".into())))
+        let hello = async { Qmp::greeted(stream, listener).await?.ready(within).await };
+        in_time("greeting", within, hello).await
     }
 
-    async fn greeted(stream: UnixStream, listener: impl Listener) -> Result<Qmp, QmpError> {
+    async fn greeted(stream: UnixStream, listener: impl Listener) -> Result<Greeted, QmpError> {
         let (read, write) = stream.into_split();
         let mut lines = Lines::new(read);
         greeting(&mut lines).await?;
-        Ok(Qmp::run(lines, write, listener))
-    }
-
-    /// Waits until QEMU takes commands.
-    pub async fn ready(&self, within: Duration) -> Result<(), QmpError> {
-        self.execute_with(NEGOTIATE, json!({}), Vec::new(), within).await.map(drop)
-    }
-
-    /// Has QEMU take commands when it comes to that; what it is given meanwhile it does then, in that order.
-    pub async fn begin(&self) {
-        self.tell(NEGOTIATE, json!({})).await;
+        Ok(Greeted(Qmp::run(lines, write, listener)))
     }
 
     fn run(lines: Lines, write: OwnedWriteHalf, listener: impl Listener) -> Qmp {
@@ -167,8 +151,7 @@ impl Qmp {
         fds: Vec<ClosedAside>,
         within: Duration,
     ) -> Result<Value, QmpError> {
-        let exchange = async { self.send(command, arguments, fds).await?.answer(within).await };
-        timeout(within, exchange).await.unwrap_or_else(|_| Err(QmpError::TimedOut(command.to_owned())))
+        in_time(command, within, async { self.send(command, arguments, fds).await?.answer().await }).await
     }
 
     /// Gives a command that QEMU does after all that it was given before, also where that was refused.
@@ -218,6 +201,32 @@ impl Qmp {
     }
 }
 
+/// A connection over which no command has gone.
+pub struct Greeted(Qmp);
+
+impl Greeted {
+    /// Waits until QEMU takes commands.
+    pub async fn ready(self, within: Duration) -> Result<Qmp, QmpError> {
+        self.0.execute_with(NEGOTIATE, json!({}), Vec::new(), within).await?;
+        Ok(self.0)
+    }
+
+    /// Has QEMU take commands when it comes to that: what it is given until then it does then, in that order.
+    pub async fn ready_in_time(self) -> Qmp {
+        self.0.tell(NEGOTIATE, json!({})).await;
+        self.0
+    }
+}
+
+/// What `work` comes to, if that is in time. Error: `TimedOut` that names the command.
+pub async fn in_time<T>(
+    command: &str,
+    within: Duration,
+    work: impl Future<Output = Result<T, QmpError>>,
+) -> Result<T, QmpError> {
+    timeout(within, work).await.unwrap_or_else(|_| Err(QmpError::TimedOut(command.to_owned())))
+}
+
 /// A command that QEMU was given, and has not answered.
 pub struct Sent<'a> {
     command: &'a str,
@@ -227,10 +236,10 @@ pub struct Sent<'a> {
 }
 
 impl Sent<'_> {
-    /// Its `return`, if that comes in time.
-    pub async fn answer(self, within: Duration) -> Result<Value, QmpError> {
-        let reply = timeout(within, self.answer).await.map_err(|_| QmpError::TimedOut(self.command.to_owned()))?;
-        result(self.command, reply.map_err(|_| QmpError::Closed)?)
+    /// Its `return`.
+    pub async fn answer(self) -> Result<Value, QmpError> {
+        let reply = self.answer.await.map_err(|_| QmpError::Closed)?;
+        result(self.command, reply)
     }
 }
 

@@ -18,8 +18,10 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{OwnedFd, RawFd};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::panic::AssertUnwindSafe;
+use std::ptr;
 use std::sync::OnceLock;
 
 /// The descriptor of the host's maker of terminals, an `O_PATH` one, which a process behind such a wall has: a node of its own
@@ -63,37 +65,89 @@ pub fn fork(wall: &Wall, work: impl FnOnce(io::Result<()>) -> Infallible) -> io:
 /// The maker's whole life.
 fn make(wall: &Wall, (said, mut say): (File, File), work: impl FnOnce(io::Result<()>) -> Infallible) -> ! {
     drop(said);
-    let made = namespaces(wall).and_then(|()| first_process(|| match work(go_behind(wall)) {}));
-    let _ = match made {
-        // The memory is the child's, too, from here on: nothing of it is changed.
-        Ok(child) => {
-            let [a, b, c, d] = child.to_ne_bytes();
-            say.write_all(&[MADE, a, b, c, d])
-        }
-        Err(why) => say.write_all(&[&[FAILED][..], format!("{why:<4}").as_bytes()].concat()),
+    let why = match namespaces(wall) {
+        Ok(()) => hand_on(&mut say, || match work(go_behind(wall)) {}),
+        Err(why) => why,
     };
+    let _ = say.write_all(&[&[FAILED][..], format!("{why:<4}").as_bytes()].concat());
     // SAFETY: ends this process, and runs nothing of what its copy of us would have run at an end.
     unsafe { libc::_exit(0) }
 }
 
-/// Bytes of the stack of a process that has another's memory.
-const STACK: usize = 1 << 20;
-
-/// Makes a child of the calling process' parent, which does `work`. It has the calling process' memory instead of a copy, which
-/// would be made and thrown away: from then on the calling process, which has one thread, must change nothing of it, and end.
-fn first_process<W: FnOnce()>(work: W) -> io::Result<libc::pid_t> {
-    extern "C" fn live<W: FnOnce()>(work: *mut libc::c_void) -> libc::c_int {
-        // SAFETY: it was made of a box below, for this process alone.
-        let work = unsafe { Box::from_raw(work.cast::<W>()) };
+/// Makes a child of the calling process' parent, which does `work`, says so, and ends the calling process, which has one thread: its
+/// memory is the child's, instead of a copy of it that would be made and thrown away. What `work` borrows stays as it is by that.
+/// Returns only where there is no child, and why.
+fn hand_on<W: FnOnce()>(say: &mut File, work: W) -> io::Error {
+    let end = say.as_raw_fd();
+    let work = Box::into_raw(Box::new(move || {
+        // SAFETY: the child has a table of its own, and this is the maker's to say.
+        unsafe { libc::close(end) };
         work();
+    }));
+    let stack = match Stack::new() {
+        Ok(stack) => ManuallyDrop::new(stack),
+        Err(why) => return why,
+    };
+    let flags = libc::CLONE_VM | libc::CLONE_PARENT | libc::SIGCHLD;
+    // SAFETY: the stack is nobody else's, and the box is made for this process alone.
+    match unsafe { libc::clone(live_in(work), stack.top(), flags, work.cast()) } {
+        -1 => io::Error::last_os_error(),
+        child => {
+            // The memory is the child's: nothing of it is changed from here on.
+            let [a, b, c, d] = child.to_ne_bytes();
+            let _ = say.write_all(&[MADE, a, b, c, d]);
+            // SAFETY: as above.
+            unsafe { libc::_exit(0) }
+        }
+    }
+}
+
+/// What a process lives by that is made with `work`, a box that is its own.
+fn live_in<W: FnOnce()>(_work: *mut W) -> extern "C" fn(*mut libc::c_void) -> libc::c_int {
+    extern "C" fn live<W: FnOnce()>(work: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: it was made of a box, for this process alone.
+        let work = unsafe { Box::from_raw(work.cast::<W>()) };
+        let _ = std::panic::catch_unwind(AssertUnwindSafe(|| work()));
         0
     }
-    let stack = Box::leak(Box::<[u128]>::new_uninit_slice(STACK / size_of::<u128>()));
-    let (work, flags) = (Box::into_raw(Box::new(work)), libc::CLONE_VM | libc::CLONE_PARENT | libc::SIGCHLD);
-    // SAFETY: the stack is nobody else's, and grows down from its end; what `work` borrows is left as it is by the caller.
-    match unsafe { libc::clone(live::<W>, stack.as_mut_ptr_range().end.cast(), flags, work.cast()) } {
-        -1 => Err(io::Error::last_os_error()),
-        child => Ok(child),
+    live::<W>
+}
+
+/// The stack of a process that has another's memory; beyond its end is nothing.
+struct Stack(*mut libc::c_void);
+
+impl Stack {
+    /// Bytes of it, and of what is beyond its end.
+    const SIZE: usize = 1 << 20;
+    const BEYOND: usize = 1 << 16;
+
+    fn new() -> io::Result<Stack> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_STACK | libc::MAP_NORESERVE;
+        // SAFETY: new memory, whose first part is then nobody's.
+        unsafe {
+            let all = Stack::BEYOND + Stack::SIZE;
+            let stack = match libc::mmap(ptr::null_mut(), all, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) {
+                libc::MAP_FAILED => return Err(io::Error::last_os_error()),
+                stack => Stack(stack),
+            };
+            match libc::mprotect(stack.0, Stack::BEYOND, libc::PROT_NONE) {
+                0 => Ok(stack),
+                _ => Err(io::Error::last_os_error()),
+            }
+        }
+    }
+
+    /// Where it begins: it grows down.
+    fn top(&self) -> *mut libc::c_void {
+        // SAFETY: the end of that memory.
+        unsafe { self.0.byte_add(Stack::BEYOND + Stack::SIZE) }
+    }
+}
+
+impl Drop for Stack {
+    fn drop(&mut self) {
+        // SAFETY: it is nobody's any more.
+        unsafe { libc::munmap(self.0, Stack::BEYOND + Stack::SIZE) };
     }
 }
 
@@ -176,26 +230,27 @@ pub fn show(user: &OwnedFd, mounts: &OwnedFd, files: &[LentFile]) -> io::Result<
 
 /// Runs `work` in a process of its own, in which the calling thread goes on as it were: with our memory and our descriptors, and
 /// with namespaces of its own. Nothing is copied for it, and none of our files is closed at its end, which is waited for.
-fn aside<W: FnOnce()>(work: W) -> io::Result<()> {
-    extern "C" fn live<W: FnOnce()>(work: *mut libc::c_void) -> libc::c_int {
-        // SAFETY: it points to what is below, whose owner stands still until this has ended.
-        let work = unsafe { &mut *work.cast::<Option<W>>() }.take();
-        let _ = std::panic::catch_unwind(AssertUnwindSafe(|| work.into_iter().for_each(|work| work())));
-        0
-    }
-    let mut stack = Box::<[u128]>::new_uninit_slice(STACK / size_of::<u128>());
-    let mut work = Some(work);
-    let flags = libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_VFORK | libc::SIGCHLD;
+fn aside(work: impl FnOnce()) -> io::Result<()> {
+    let work = Box::into_raw(Box::new(move || {
+        // SAFETY: changes a property of this process, which ends with the thread that it goes on for.
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) };
+        work();
+    }));
+    let (stack, flags) = (Stack::new()?, libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_VFORK | libc::SIGCHLD);
     // What is to be done on a signal is ours to do, not that process'.
     let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
-    // SAFETY: the calling thread stands still until it has ended, and the stack is its own.
-    let child =
-        match unsafe { libc::clone(live::<W>, stack.as_mut_ptr_range().end.cast(), flags, (&raw mut work).cast()) } {
-            -1 => Err(io::Error::last_os_error()),
-            child => Ok(child),
-        };
+    // SAFETY: the calling thread stands still until it has ended, and the stack and the box are its own.
+    let child = match unsafe { libc::clone(live_in(work), stack.top(), flags, work.cast()) } {
+        -1 => {
+            let why = io::Error::last_os_error();
+            // SAFETY: nobody else has it.
+            drop(unsafe { Box::from_raw(work) });
+            Err(why)
+        }
+        child => Ok(reap(child)),
+    };
     before.thread_set_mask()?;
-    child.map(reap)
+    child
 }
 
 /// Runs `work` in a process that `fork` makes, unless that says why not, and waits for its end; gives what either failed with.

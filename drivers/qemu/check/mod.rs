@@ -28,6 +28,7 @@ use super::command;
 use super::complete::{Board, name_devices};
 use super::plan::Command;
 use std::path::Path;
+use std::sync::Arc;
 use virt_model::domain::{DomainDef, add_findings};
 use virt_model::xml::{Finding, FindingKind, Place, refusals};
 
@@ -42,8 +43,8 @@ pub fn checked_command(
     command
 }
 
-/// A definition that can run with the capabilities that it was looked at with.
-pub struct Passed(DomainDef);
+/// A definition that can run with these capabilities.
+pub struct Passed(DomainDef, Arc<Capabilities>);
 
 impl Passed {
     /// Whether it is that very definition.
@@ -53,13 +54,8 @@ impl Passed {
 
     /// The command line of what it has become on its way to its start: ports, sockets and devices of the host's have been chosen
     /// for it, of which nothing is refused. Error: what keeps it from being built.
-    pub fn command(
-        &self,
-        started: &DomainDef,
-        caps: &Capabilities,
-        place: &command::Place<'_>,
-    ) -> Result<Command, Vec<Finding>> {
-        command::build(Checked::of(started), caps, place)
+    pub fn command(&self, started: &DomainDef, place: &command::Place<'_>) -> Result<Command, Vec<Finding>> {
+        command::build(Checked::of(started), &self.1, place)
     }
 }
 
@@ -67,14 +63,14 @@ impl Passed {
 pub fn pass(
     def: DomainDef,
     started: &DomainDef,
-    caps: &Capabilities,
+    caps: Arc<Capabilities>,
     place: &command::Place<'_>,
     found: Vec<Finding>,
 ) -> Result<(Passed, Command), Vec<Finding>> {
-    let (mut findings, command) = examine(&def, started, caps, place);
+    let (mut findings, command) = examine(&def, started, &caps, place);
     findings.extend(found);
     refusals(findings)?;
-    Ok((Passed(def), command?))
+    Ok((Passed(def, caps), command?))
 }
 
 /// Everything that keeps `def` from running as it says, as [`check`] tells it, and the command line that was looked at for

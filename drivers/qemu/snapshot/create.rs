@@ -23,12 +23,8 @@ use virt_model::driver::snapshots::{
 
 impl Operation {
     pub(super) async fn check_create(&self, request: &SnapshotRequest) -> Result<CreatePlan, DriverError> {
-        let files = async { tokio::join!(self.check_chains(request), self.survey(self.concerned(request))) };
-        let (able, nodes, (chains, survey)) = tokio::join!(self.check_machine(request), self.nodes(), files);
-        able?;
-        let nodes = nodes?;
-        chains?;
-        let survey = survey?;
+        let files = async { tokio::try_join!(self.check_chains(request), self.survey(self.concerned(request))) };
+        let (_, nodes, (_, survey)) = tokio::try_join!(self.check_machine(request), self.nodes(), files)?;
         self.check_names(request, &survey, nodes.as_ref()).await?;
         self.check_way_back(request, &survey, nodes.as_ref()).await?;
         self.overlays_have_room(request, nodes.as_ref()).await?;

@@ -340,8 +340,8 @@ impl Domain {
             let checked = self.takes_snapshots()?.check_create(&machine, &request).await;
             checked.map_err(|e| self.not_taken(&request.name, e))
         };
-        let (def, plan) = tokio::join!(self.keepable(def), looked);
-        Ok(Planned { def: def?, plan: plan?, request, machine })
+        let (def, plan) = tokio::try_join!(self.keepable(def), looked)?;
+        Ok(Planned { def, plan, request, machine })
     }
 
     /// Refuses to write images that others stand on: a snapshot inside them, or an overlay that the caller made.
