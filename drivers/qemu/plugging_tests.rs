@@ -80,7 +80,7 @@ async fn a_device_is_not_told_of_where_what_it_stands_on_was_refused() {
         }
         let undone = asked(&mut peer, "blockdev-del", "").await;
         assert_eq!(undone["node-name"], told[0]["arguments"]["node-name"]);
-        answer(&mut peer, "qom-list", "\"return\": []").await;
+        answer(&mut peer, "", "\"return\": []").await;
     };
     let (plugged, ()) = tokio::join!(driver.plug(instance.body(), &mut def, attachment, dir.path()), qemu);
     let refused = plugged.unwrap_err();
