@@ -392,7 +392,8 @@ mod tests {
 
     #[test]
     fn a_search_takes_the_name_of_a_host_alone() {
-        let told = |source: &str| refused_of_search(&pool(source).source.unwrap()).len();
+        let told =
+            |source: &str| refused_of_search(&PoolSource::parse(&format!("<source>{source}</source>")).unwrap()).len();
         let host = "<host name='nas'/>";
         assert_eq!((told(host), told(&format!("{host}<format type='nfs'/>"))), (0, 0));
         assert_eq!(told("<host name='nas' port='2049'/>"), 1);
