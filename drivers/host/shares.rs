@@ -15,6 +15,9 @@ use virt_model::driver::DriverError;
 use zeroize::Zeroizing;
 
 const BOUNDS: Bounds = Bounds { data: Some(256 << 20), cpu: None, files: Some(64) };
+/// More folders than these of one host are not told, and no longer names: NFS itself has none.
+const MOST_OFFERED: usize = 4096;
+const LONGEST: usize = 1024;
 /// What lists the folders that a host offers.
 const LISTER: &str = "showmount";
 
@@ -83,7 +86,8 @@ pub fn mount(
     }
 }
 
-/// The folders that a host offers by NFS, without those who may have them. A host of version 4 alone offers none so. Blocks.
+/// The folders that a host offers by NFS, without those who may have them: the first few thousand. A host of version 4 alone offers none
+/// so. Blocks.
 pub fn offered(host: &str, stop: &Stop) -> Result<Vec<String>, DriverError> {
     let mut command = Command::new(LISTER);
     command.args(["--no-headers", "--exports", host]);
@@ -104,8 +108,9 @@ fn options(protocol: Protocol, version: Option<&str>, credentials: Option<&Owned
     match (protocol, credentials) {
         // It is tried once, and who waits decides for how long.
         (Protocol::Nfs, _) => options += ",retry=0",
-        (Protocol::Cifs, Some(file)) => options += &format!(",credentials=/proc/self/fd/{}", file.as_raw_fd()),
-        (Protocol::Cifs, None) => options += ",guest",
+        // Locks of QEMU's would be the server's, which lets nobody write what is locked, QEMU included: they are this host's alone.
+        (Protocol::Cifs, Some(file)) => options += &format!(",nobrl,credentials=/proc/self/fd/{}", file.as_raw_fd()),
+        (Protocol::Cifs, None) => options += ",nobrl,guest",
     }
     if let Some(version) = version {
         options += &format!(",vers={version}");
@@ -150,7 +155,7 @@ fn run(mut command: Command, (tool, package): (&str, &str), stop: &Stop) -> Resu
 }
 
 fn missing(tool: &str, package: &str) -> String {
-    format!("{tool} is not installed (Debian has it in {package})")
+    format!("{tool} is not installed (Debian has it in {package}; virtd looks for it when it starts)")
 }
 
 /// Whether there is a program of that name.
@@ -168,7 +173,8 @@ fn said(words: &str) -> String {
 /// `/export/images 192.0.2.0/24,host`: those who may have it come last, and have no blanks.
 fn folders(listed: &str) -> Vec<String> {
     let folder = |line: &str| Some(line.trim_end().rsplit_once(char::is_whitespace)?.0.trim_end().to_owned());
-    listed.lines().filter_map(folder).filter(|folder| folder.starts_with('/')).collect()
+    let fits = |folder: &String| folder.starts_with('/') && folder.len() <= LONGEST;
+    listed.lines().filter_map(folder).filter(fits).take(MOST_OFFERED).collect()
 }
 
 #[cfg(test)]
@@ -184,12 +190,12 @@ mod tests {
         for (protocol, version, credentials, wanted) in [
             (Protocol::Nfs, None, None, "nosuid,nodev,noexec,retry=0".to_owned()),
             (Protocol::Nfs, Some("4.1"), None, "nosuid,nodev,noexec,retry=0,vers=4.1".to_owned()),
-            (Protocol::Cifs, None, None, "nosuid,nodev,noexec,guest".to_owned()),
+            (Protocol::Cifs, None, None, "nosuid,nodev,noexec,nobrl,guest".to_owned()),
             (
                 Protocol::Cifs,
                 Some("3.1.1"),
                 Some(&file),
-                format!("nosuid,nodev,noexec,credentials=/proc/self/fd/{number},vers=3.1.1"),
+                format!("nosuid,nodev,noexec,nobrl,credentials=/proc/self/fd/{number},vers=3.1.1"),
             ),
         ] {
             assert_eq!(options(protocol, version, credentials), wanted);
@@ -206,5 +212,7 @@ mod tests {
     fn what_a_host_offers_is_read() {
         let listed = "/export/images 192.0.2.0/24,nas.example.com\n/export/a b   *\n/srv      (everyone)\nodd\n";
         assert_eq!(folders(listed), ["/export/images", "/export/a b", "/srv"]);
+        assert_eq!(folders(&"/a *\n".repeat(MOST_OFFERED + 1)).len(), MOST_OFFERED);
+        assert_eq!(folders(&format!("/{} *\n/a *\n", "x".repeat(LONGEST))), ["/a"]);
     }
 }

@@ -75,13 +75,25 @@ pub struct HostStorage {
     wary: bool,
     held: Held,
     search: Search,
+    /// Who holds it asks another host what it offers.
+    asks: tokio::sync::Mutex<()>,
+    /// Why no share is mounted here, if so: looked for once, since whoever is told it cannot wait for it.
+    lacks_for_shares: Option<String>,
 }
 
 impl HostStorage {
-    /// Whose tools run by those rights; `runtime`: a folder of ours, for what ends with us; `wary`: for others than us.
+    /// Whose tools run by those rights; `runtime`: a folder of ours, for what ends with us; `wary`: for others than us. Looks for tools.
     pub fn new(rights: ToolRights, secrets: Secrets, runtime: &Path, wary: bool) -> HostStorage {
         let (workers, held, runtime) = (Workers::default(), Held::default(), runtime.to_owned());
-        HostStorage { workers, rights, secrets, runtime, wary, held, search: Search::default() }
+        let (search, asks, lacks_for_shares) = (Search::default(), tokio::sync::Mutex::default(), share::lacks());
+        HostStorage { workers, rights, secrets, runtime, wary, held, search, asks, lacks_for_shares }
+    }
+
+    /// Takes away what may be mounted in vain since virtd was killed. Before any pool is opened. Blocks.
+    pub fn clear_leftovers(&self) {
+        if self.wary {
+            share::clear_asides(&self.runtime);
+        }
     }
 
     fn errand(def: &PoolDef, work: &dyn Work) -> Errand {
@@ -234,9 +246,13 @@ impl Storage for HostStorage {
         if def.mounted_source().is_none() {
             return Ok(());
         }
-        let (path, def) = (path_of(def), def.clone());
+        let (path, def, runtime) = (path_of(def), def.clone(), self.runtime.clone());
         let errand = Errand { limit: mounts::PATIENCE, ..Errand::new(def.uuid, path.display().to_string()) };
-        self.workers.run(errand, move |stop| mounts::release_of((&path, &def), stop)).await
+        let close = move |stop: &Arc<Stop>| {
+            share::clear_aside(&runtime, def.uuid);
+            mounts::release_of((&path, &def), stop)
+        };
+        self.workers.run(errand, close).await
     }
 
     async fn overlapping(&self, def: &PoolDef) -> Result<Vec<PathBuf>, DriverError> {
@@ -272,7 +288,7 @@ impl HostStorage {
     /// Why pools of that kind are not started, if so.
     fn lacks(&self, kind: PoolKind) -> Option<String> {
         let refused = self.refuses(kind).map(str::to_owned);
-        refused.or_else(|| if kind == PoolKind::Netfs { share::lacks() } else { None })
+        refused.or_else(|| self.lacks_for_shares.clone().filter(|_| kind == PoolKind::Netfs))
     }
 
     /// The same whatever is installed.

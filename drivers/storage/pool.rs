@@ -5,7 +5,7 @@ use super::fill::{self, Pace};
 use super::folder::Beneath;
 use super::held::HeldFolder;
 use super::mounts::{self, Mountable};
-use super::{Secrets, ToolRights, failed, look, serve, watch};
+use super::{Secrets, ToolRights, failed, look, serve, share, watch};
 use crate::host::image::{Images, LentFromAfar};
 use crate::host::lock;
 use crate::host::nbd::Export;
@@ -372,7 +372,11 @@ impl OpenPool for FolderPool {
         // A folder was not made usable, but found so.
         let Some(mountable) = self.mounted.clone() else { return Ok(()) };
         let (folder, path) = (self.folder.clone(), self.path.clone());
-        let close = move |stop: &Arc<Stop>| mounts::close(&mountable, &folder, &path, stop);
+        let (runtime, pool) = (self.runtime.clone(), self.pool);
+        let close = move |stop: &Arc<Stop>| {
+            share::clear_aside(&runtime, pool);
+            mounts::close(&mountable, &folder, &path, stop)
+        };
         self.workers.run(Errand { limit: mounts::PATIENCE, ..self.errand("") }, close).await
     }
 }

@@ -3,6 +3,7 @@
 
 use super::mount_table::Line;
 use super::mounts::{Means, take_away};
+use super::sources::standing_for;
 use super::{HostStorage, failed};
 use crate::host::resolve::Place;
 use crate::host::shares::{self, Login, Protocol};
@@ -11,6 +12,7 @@ use crate::host::workers::{Errand, Stop};
 use rustix::fs::{AtFlags, unlinkat};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -33,6 +35,9 @@ const PASSWORD: &str = "chap";
 
 /// How long a share may take to be mounted: a server that has not answered by then is away.
 pub const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// More leftovers than these are not looked for.
+const MOST: usize = 10_000;
 
 /// In our folder for what ends with us: where shares are mounted for a moment.
 const ASIDE: &str = "shares";
@@ -84,14 +89,45 @@ pub fn refused(def: &PoolDef) -> Vec<Finding> {
     findings
 }
 
+/// What of a document that says whom to ask is not asked for.
+fn refused_of_search(asked: &PoolSource) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let mut refuse = |at: &At, text: &str| findings.push(Finding::unsupported(at, text.to_owned()));
+    if let Some(second) = asked.hosts.get(1) {
+        refuse(&second.at, "one host is asked at a time: name that alone");
+    }
+    if let Some(host) = asked.hosts.iter().find(|host| host.port.is_some()) {
+        refuse(&host.at.attribute("port"), "hosts are asked at the usual port: leave it out");
+    }
+    if let Some(format) = asked.format.as_ref().filter(|format| !matches!(&*format.kind, "auto" | "nfs")) {
+        refuse(&format.at.attribute("type"), "hosts are asked what they offer by nfs alone: leave it out");
+    }
+    let others = [
+        asked.devices.first().map(|said| &said.at),
+        asked.dir.as_ref().map(|said| &said.at),
+        asked.adapter.as_ref().map(|said| &said.at),
+        asked.initiator.as_ref().map(|said| &said.at),
+        asked.protocol.as_ref().map(|said| &said.at),
+        asked.auth.as_ref().map(|said| &said.at),
+    ];
+    for at in others.into_iter().flatten() {
+        refuse(at, "a search on a host has its <host name='…'/> and nothing else: leave it out");
+    }
+    if asked.name.is_some() {
+        refuse(&asked.at.child("name"), "a search on a host has its <host name='…'/> and nothing else: leave it out");
+    }
+    findings
+}
+
 /// Why nobody can come so, and where it says that.
 fn refused_login(source: &PoolSource) -> Option<(At, String)> {
     let auth = source.auth.as_ref()?;
     let why = match protocol_of(source) {
         Protocol::Nfs => "servers of NFS know hosts and no passwords: leave it out".to_owned(),
         Protocol::Cifs if auth.kind != PASSWORD => format!("a password for cifs is of type '{PASSWORD}'"),
-        Protocol::Cifs if auth.username.is_empty() || auth.username.chars().any(char::is_control) => {
-            "a user's name is there, and has no control characters".to_owned()
+        Protocol::Cifs if !is_user(&auth.username) => {
+            let text = "is no user's name for cifs: it is not empty, has no blanks at its ends, no control characters, and none of , % / \\";
+            format!("'{}' {text}", shorten(&auth.username))
         }
         Protocol::Cifs if auth.secret.as_ref().and_then(|secret| secret.uuid).is_none() => {
             "say by <secret uuid='…'/> which secret is the password".to_owned()
@@ -112,6 +148,12 @@ fn check_host(name: &str) -> Result<(), String> {
     }
 }
 
+/// Whether a user can be called that. What mounts cifs takes some signs for the end of a name, or of an option.
+fn is_user(name: &str) -> bool {
+    let has_odd = name.chars().any(|sign| sign.is_control() || matches!(sign, ',' | '%' | '/' | '\\'));
+    !name.is_empty() && name.trim() == name && !has_odd
+}
+
 fn check_dir(dir: &str, protocol: Protocol) -> Result<(), String> {
     if dir.chars().any(char::is_control) {
         return Err("a path has no control characters".to_owned());
@@ -120,6 +162,11 @@ fn check_dir(dir: &str, protocol: Protocol) -> Result<(), String> {
         Protocol::Nfs if !dir.starts_with('/') => Err(format!("'{}' is no absolute path", shorten(dir))),
         Protocol::Cifs if dir.trim_matches('/').is_empty() => Err("name the share".to_owned()),
         Protocol::Cifs if dir.contains('\\') => Err("folders below a share are told apart by '/'".to_owned()),
+        Protocol::Cifs if dir.contains(',') || dir.trim() != dir => {
+            let text = "cannot be mounted by cifs, which takes what follows a comma for an option, and no blanks at its ends: share \
+                        the folder by another name";
+            Err(format!("'{}' {text}", shorten(dir)))
+        }
         _ => Ok(()),
     }
 }
@@ -188,7 +235,7 @@ impl Aside<'_> {
     /// Makes it. What somebody has left there who was killed goes.
     fn new(at: &Path) -> io::Result<Aside<'_>> {
         if let Some(above) = at.parent() {
-            Place::make_folders(above, true)?;
+            make_private(above)?;
         }
         let aside = Aside { at, place: Place::resolve(at, true)? };
         aside.clear()?;
@@ -218,6 +265,46 @@ impl Drop for Aside<'_> {
     }
 }
 
+/// Makes a folder in which nobody but us reaches anything: what is mounted on one in it may let everybody in.
+fn make_private(path: &Path) -> io::Result<()> {
+    if let Some(above) = path.parent() {
+        Place::make_folders(above, true)?;
+    }
+    let place = Place::resolve(path, true)?;
+    match place.make_folder(0o700) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+        made => return made.map(drop),
+    }
+    let folder = place.open_folder()?;
+    match folder.stat()?.st_uid == rustix::process::geteuid().as_raw() {
+        true => folder.set_mode(0o700),
+        false => Err(io::Error::other(format!("{} is somebody else's: remove it", path.display()))),
+    }
+}
+
+/// Takes away what may be left where that pool's share was mounted for a moment. Blocks.
+pub fn clear_aside(runtime: &Path, pool: Uuid) {
+    clear_left(&runtime.join(ASIDE).join(pool.to_string()));
+}
+
+/// The same for all pools, before any is opened: somebody was killed while shares were being mounted. Blocks.
+pub fn clear_asides(runtime: &Path) {
+    let above = runtime.join(ASIDE);
+    let names =
+        Place::resolve(&above, true).and_then(|place| place.open_folder()).and_then(|folder| folder.names(MOST));
+    let is_pools = |name: &OsString| name.to_str().is_some_and(|name| Uuid::try_parse(name).is_ok());
+    for name in names.unwrap_or_default().into_iter().filter(is_pools) {
+        clear_left(&above.join(name));
+    }
+}
+
+fn clear_left(at: &Path) {
+    let cleared = Place::resolve(at, true).and_then(|place| Aside { at, place }.clear());
+    if let Err(error) = cleared.or_else(|e| if e.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(e) }) {
+        tracing::warn!("{} is mounted in vain, and stays until its pool is started: {error}", at.display());
+    }
+}
+
 /// Whether something was done; where there was nothing to be done that is no error.
 fn is_done(done: io::Result<()>, nothing: &[Errno]) -> io::Result<bool> {
     match done {
@@ -235,8 +322,15 @@ impl HostStorage {
             DriverError::Argument(text.to_owned())
         })?;
         check_host(&host.name).map_err(DriverError::Argument)?;
-        let (errand, name) = (Errand::new(Uuid::new_v4(), host.name.clone()), host.name.clone());
-        let found = self.workers.run(errand, move |stop: &Arc<Stop>| shares::offered(&name, stop)).await?;
+        let findings = asked.map(refused_of_search).unwrap_or_default();
+        if !findings.is_empty() {
+            return Err(DriverError::Config(findings));
+        }
+        let _one_at_a_time = self.asks.lock().await;
+        let errand = Errand::new(standing_for(Path::new(&host.name)), host.name.clone());
+        let name = host.name.clone();
+        let mut found = self.workers.run(errand, move |stop: &Arc<Stop>| shares::offered(&name, stop)).await?;
+        found.retain(|dir| check_dir(dir, Protocol::Nfs).is_ok());
         let source = |path: String| PoolSource {
             hosts: vec![host.clone()],
             dir: Some(PathDoc { path, ..PathDoc::default() }),
@@ -282,11 +376,56 @@ mod tests {
             (nfs.replace("4.1", "4.1,soft"), "is not one of 3, 4, 4.0"),
             (format!("{nfs}{login}"), "no passwords"),
             (cifs.replace("'images'", "'/'"), "name the share"),
+            (cifs.replace("'images'", "'images,soft,vers=1.0'"), "takes what follows a comma for an option"),
+            (cifs.replace("'images'", "'images '"), "no blanks at its ends"),
+            (cifs.replace("'u'", "'u,sec=none'"), "'u,sec=none' is no user's name for cifs"),
+            (cifs.replace("'u'", "'u%p'"), "is no user's name"),
+            (cifs.replace("'u'", "'d\\u'"), "is no user's name"),
+            (cifs.replace("'u'", "' u'"), "is no user's name"),
+            (cifs.replace("'nas'", "'nas,soft'"), "is no name or address of a host"),
             (cifs.replace("chap", "ceph"), "is of type 'chap'"),
             (cifs.replace("uuid='5a0b1e0c-9a0d-4b52-9a8e-6f0f7c1d2e3f'", "usage='nas'"), "<secret uuid='…'/>"),
         ] {
             assert!(refused(&source).contains(why), "{why}: {}", refused(&source));
         }
+    }
+
+    #[test]
+    fn a_search_takes_the_name_of_a_host_alone() {
+        let told =
+            |source: &str| refused_of_search(&PoolSource::parse(&format!("<source>{source}</source>")).unwrap()).len();
+        let host = "<host name='nas'/>";
+        assert_eq!((told(host), told(&format!("{host}<format type='nfs'/>"))), (0, 0));
+        assert_eq!(told("<host name='nas' port='2049'/>"), 1);
+        for more in
+            ["<host name='b'/>", "<format type='cifs'/>", "<dir path='/a'/>", "<protocol ver='3'/>", "<name>a</name>"]
+        {
+            assert_eq!(told(&format!("{host}{more}")), 1, "{more}");
+        }
+        assert_eq!(told(&format!("{host}<auth type='chap' username='u'/>")), 1);
+    }
+
+    #[test]
+    fn nobody_else_comes_to_where_a_share_is_mounted_and_what_is_left_there_goes() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let runtime = tempfile::tempdir().unwrap();
+        let above = runtime.path().join(ASIDE);
+        let mode = || std::fs::metadata(&above).unwrap().permissions().mode() & 0o777;
+        make_private(&above).unwrap();
+        assert_eq!(mode(), 0o700);
+        std::fs::set_permissions(&above, std::fs::Permissions::from_mode(0o711)).unwrap();
+        make_private(&above).unwrap();
+        assert_eq!(mode(), 0o700);
+        let [one, other] = [Uuid::new_v4(), Uuid::new_v4()];
+        let at = |name: &str| above.join(name);
+        for name in [&*one.to_string(), &*other.to_string(), "else"] {
+            std::fs::create_dir(at(name)).unwrap();
+        }
+        clear_aside(runtime.path(), one);
+        assert!(!at(&one.to_string()).exists() && at(&other.to_string()).exists());
+        clear_asides(runtime.path());
+        assert!(!at(&other.to_string()).exists() && at("else").exists());
+        clear_aside(&runtime.path().join("nowhere"), one);
     }
 
     #[test]

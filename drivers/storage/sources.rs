@@ -74,7 +74,7 @@ impl HostStorage {
 }
 
 /// What stands for a path where errands are told apart, the same each time: one that does not come back keeps its own places alone.
-fn standing_for(path: &Path) -> Uuid {
+pub fn standing_for(path: &Path) -> Uuid {
     let half = |salt: u8| {
         let mut hash = DefaultHasher::new();
         (salt, path).hash(&mut hash);

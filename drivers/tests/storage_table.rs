@@ -27,16 +27,26 @@ Pools of type `netfs` are folders that other hosts share, mounted by root's virt
 `<dir>`, which is a path of the host's or, for `cifs`, a share and folders below it. `<format type='auto'/>`, or none, is NFS; `glusterfs`
 is refused. `<protocol ver='…'/>` is the version that is asked for, or else the tool chooses one. A server of `cifs` is told a name
 and a password where there is an `<auth type='chap' username='…'>` with a `<secret uuid='…'/>`, and nobody's else. `nfs` needs `mount.nfs`
-(Debian has it in `nfs-common`), `cifs` needs `mount.cifs` (`cifs-utils`).
+(Debian has it in `nfs-common`), `cifs` needs `mount.cifs` (`cifs-utils`); virtd looks for both when it starts.
+
+virtd's pools of type `nfs` are mounted from real servers in its tests. Those of `cifs` never were: only what `mount.cifs` is told is
+tested. They are mounted with `nobrl`, so that locks of images are this host's alone: see to it yourself that no other host has a
+machine on the same image. A `cifs` folder's name has no comma and no blanks at its ends, a user's name no `,` `%` `/` or backslash.
 
 They are mounted `hard`, which nothing changes: what reads or writes waits for a server that is away, as long as it takes, and so does
 a guest; no write that it was told of is lost, and no error reaches its file system. (With `soft` it would be told of errors after
-some minutes, and what it had written could be lost.) virtd's own looks at such a pool have a time limit, after which the pool is
-`inaccessible`; other pools go on. A server that will not come back is given up by hand, with `umount -f -l` on the folder. Who wants
+some minutes, and what it had written could be lost.) virtd's own looks at such a pool have a time limit, and other pools go on;
+`Refresh` of a pool that does not answer fails, and the pool is `inaccessible` from then on. A server that will not come back is given up by hand, with `umount -f -l` on the folder. Who wants
 other options mounts the folder by other means, and defines a pool of type `dir` on it.
 
 virtd makes volumes as root, with the owner that their documents say: a server that takes root for nobody (`root_squash`, which
-NFS does unasked) refuses that, and with it all volumes. What other hosts do there is not told: `Refresh` looks.
+NFS does unasked) refuses that, and with it all volumes. What other hosts do there is not told: `Refresh` looks. What virtd noted of a
+volume (its owner, format and secret) is noted of the file: by its number and birth, or on NFS, where that is not told, its handle.
+Where neither is told it is forgotten when the file is found to be gone, so that no new file with its number inherits it; one that
+another host put in its place meanwhile, before virtd looked, would.
+
+No volume is called `.virt-new-…`, or `.nfs` and 24 hexadecimal digits, which is what NFS calls a file that was removed while it is
+open: such files are not listed, in pools of no type.
 ";
 
 /// The types of pool.

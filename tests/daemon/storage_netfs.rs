@@ -30,6 +30,7 @@ const LISTER: &str = "#!/bin/sh
 [ \"$*\" = '--no-headers --exports nas.example.com' ] || exit 1
 echo '/export/images 192.0.2.0/24'
 echo '/export/media  *'
+printf '/export/\\001 *\\n'
 ";
 
 struct Stage {
@@ -116,7 +117,7 @@ async fn a_share_that_is_refused_leaves_nothing_and_its_password_is_in_no_argume
     assert!(refused.1.contains("mount.cifs: mount: access denied by server"), "{refused:?}");
     let told = stage.told();
     assert_eq!(told[1], "//nas.example.com/images/a");
-    assert!(told[4].starts_with("nosuid,nodev,noexec,credentials=/proc/self/fd/"), "{told:?}");
+    assert!(told[4].starts_with("nosuid,nodev,noexec,nobrl,credentials=/proc/self/fd/"), "{told:?}");
     assert!(!told.join(" ").contains(PASSWORD) && !stage.daemon.log().contains(PASSWORD));
     let credentials = fs::read_to_string(stage.tools.join("credentials")).expect("they were there to be read");
     assert_eq!(credentials, format!("username=virt\npassword={PASSWORD}\n"));
@@ -151,6 +152,7 @@ async fn what_a_server_offers_is_asked_of_the_one_that_is_named() {
     for dir in ["/export/images", "/export/media"] {
         assert!(found.contains(&format!("<dir path='{dir}'/>")), "{found}");
     }
+    assert_eq!(found.matches("<dir ").count(), 2, "no name with a control character: {found}");
     assert!(found.contains("<host name='nas.example.com'/>") && found.contains("<format type='nfs'/>"), "{found}");
     for (xml, wanted) in [
         ("", "InvalidArgument"),
@@ -159,6 +161,9 @@ async fn what_a_server_offers_is_asked_of_the_one_that_is_named() {
         ("<source><hosts/></source>", "ConfigInvalid"),
         ("<pool/>", "ConfigInvalid"),
         ("<source><host name='other'/></source>", "StorageFailed"),
+        ("<source><host name='nas.example.com'/><format type='cifs'/></source>", "ConfigInvalid"),
+        ("<source><host name='nas.example.com' port='2049'/></source>", "ConfigInvalid"),
+        ("<source><host name='nas.example.com'/><host name='b'/></source>", "ConfigInvalid"),
     ] {
         let refused = stage.find(xml).await.expect_err(xml);
         assert!(refused.0.ends_with(wanted), "{xml}: {refused:?}");

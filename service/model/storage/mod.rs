@@ -10,7 +10,7 @@ pub mod pool;
 pub mod volume;
 
 pub use capabilities::{capabilities, sources};
-pub use check::{UNFINISHED, check_volume_name, source_formats};
+pub use check::{UNFINISHED, check_volume_name, is_left_by_nfs, source_formats};
 
 use crate::domain::format::Format;
 use crate::domain::native::{Namespaces, canonical_prefixes, declare_prefixes};
