@@ -46,7 +46,9 @@ install: build
 	$(PUT) docs/ARCHITECTURE.md $(DESTDIR)$(DOCDIR)/ARCHITECTURE.md
 	$(PUT) docs/DOMAIN-XML.md $(DESTDIR)$(DOCDIR)/DOMAIN-XML.md
 	$(PUT) docs/NETWORK-XML.md $(DESTDIR)$(DOCDIR)/NETWORK-XML.md
+	$(PUT) docs/NODE-DEVICE-XML.md $(DESTDIR)$(DOCDIR)/NODE-DEVICE-XML.md
 	$(PUT) docs/SAVED-STATE.md $(DESTDIR)$(DOCDIR)/SAVED-STATE.md
+	$(PUT) docs/SECRET-XML.md $(DESTDIR)$(DOCDIR)/SECRET-XML.md
 	$(PUT) docs/SECURITY.md $(DESTDIR)$(DOCDIR)/SECURITY.md
 	$(PUT) docs/STORAGE-XML.md $(DESTDIR)$(DOCDIR)/STORAGE-XML.md
 	$(PUT) dbus-policy/org.virt-private.conf $(DESTDIR)$(DOCDIR)/examples/org.virt-private.conf

@@ -89,5 +89,6 @@ pub fn with_storage(config: DriverConfig) -> (Vec<Arc<dyn Driver>>, Arc<dyn Stor
     });
     let wary = config.system && nix::unistd::geteuid().is_root();
     let storage = storage::HostStorage::new(qemu.tool_rights(), secrets, &config.runtime_dir, wary);
+    storage.clear_leftovers();
     (vec![Arc::new(qemu), Arc::new(test::TestDriver::default())], Arc::new(storage))
 }

@@ -36,7 +36,7 @@ impl Coming {
     /// Waits until all that a definition names has had its turn.
     pub async fn settle_for(&self, def: &DomainDef) {
         let networks = def.named_networks().map(|(name, _)| name.to_owned());
-        let disks = def.devices.disks.iter().filter_map(|disk| Some(disk.volume()?.0.to_owned()));
+        let disks = def.devices.disks.iter().flat_map(|disk| disk.volumes().map(|(pool, _)| pool.to_owned()));
         let needed: Vec<Needed> = networks.map(Needed::Network).chain(disks.map(Needed::Pool)).collect();
         let mut coming = self.0.subscribe();
         let _ = coming.wait_for(|coming| needed.iter().all(|one| !coming.contains(one))).await;

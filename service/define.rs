@@ -206,7 +206,9 @@ impl Service {
         })?;
         let mut def = Arc::new(def);
         self.shared.images.declare(&mut def);
-        let (stored, read) = readable(&def, &seat).await?;
+        // What can be refused without a look at files is refused before.
+        let looks = async { if validate { Ok(()) } else { self.look(&*driver, &def).await } };
+        let ((stored, read), ()) = tokio::try_join!(readable(&def, &seat), looks)?;
         self.shared.readings.keep(&stored, Arc::new(read));
         let stored = Arc::new(stored);
         if validate {
@@ -214,8 +216,8 @@ impl Service {
             refuse(self.shared.volumes.missing_in(&def))?;
             refuse(unmet(&*driver, &def).await)?;
             refuse(self.shared.images.frozen_in(&def).await)?;
+            self.look(&*driver, &def).await?;
         }
-        self.look(&*driver, &def).await?;
         if existing.is_none() {
             self.shared.is_settled(def.uuid).await?;
         }

@@ -110,15 +110,19 @@ pub(crate) fn pool_by_name(pool: &str) -> PathBuf {
 }
 
 fn pools_of(def: &DomainDef) -> Vec<String> {
-    let mut pools: Vec<String> =
-        def.devices.disks.iter().filter_map(|disk| Some(disk.volume()?.0.to_owned())).collect();
+    let volumes = def.devices.disks.iter().flat_map(Disk::volumes);
+    let mut pools: Vec<String> = volumes.map(|(pool, _)| pool.to_owned()).collect();
     pools.sort();
     pools.dedup();
     pools
 }
 
 fn has_volumes(def: &DomainDef) -> bool {
-    def.devices.disks.iter().any(|disk| disk.volume().is_some())
+    def.devices.disks.iter().any(has_volume)
+}
+
+fn has_volume(disk: &Disk) -> bool {
+    disk.volumes().next().is_some()
 }
 
 impl Volumes {
@@ -179,12 +183,16 @@ impl Volumes {
     /// Says in a definition where its volumes are, or would be, and nothing else of them.
     pub fn place(&self, def: &mut Arc<DomainDef>) {
         let Some(keeper) = self.0.get().filter(|_| has_volumes(def)) else { return };
+        let place = |(pool, volume): (&str, &str)| keeper.place(pool, volume);
         for disk in &mut Arc::make_mut(def).devices.disks {
-            let Some((pool, volume)) = disk.volume() else { continue };
-            let place = keeper.place(pool, volume);
-            let source = disk.source.get_or_insert_default();
-            (source.file, source.dev) = (None, None);
-            place.iter().for_each(|place| place.put_into(source));
+            if let Some(place) = disk.volume().map(place) {
+                put_or_forget(place, disk.source.get_or_insert_default());
+            }
+            disk.each_below(|store| {
+                if let Some(place) = store.volume().map(place) {
+                    put_or_forget(place, store.source.get_or_insert_default());
+                }
+            });
         }
     }
 
@@ -206,12 +214,45 @@ impl Volumes {
         }
     }
 
-    /// The same of one disk, if it is a volume. What its document says counts more than what the volume says of itself.
+    /// The same of one disk, and of what it says that it stands on. What its document says counts more than what a volume says of itself.
     pub fn plug_disk(&self, domain: &str, disk: &mut Disk) -> Result<()> {
-        let Some((pool, volume)) = disk.volume() else { return Ok(()) };
         let whose = format!("domain '{domain}', disk '{}'", disk.target.dev);
+        if let Some(volume) = disk.volume() {
+            let said = Said { format: disk.format(), key: disk.encryption().is_some(), below: disk.backing.is_some() };
+            let found = self.plugged(&whose, volume, said)?;
+            disk.driver.get_or_insert_default().format.get_or_insert(found.format);
+            disk.backing = disk.backing.take().or(found.below);
+            let source = disk.source.get_or_insert_default();
+            found.place.put_into(source);
+            source.encryption = source.encryption.take().or(found.key);
+        }
+        let mut plugged = Ok(());
+        disk.each_below(|store| {
+            if plugged.is_ok() {
+                plugged = self.plug_layer(&whose, store);
+            }
+        });
+        plugged
+    }
+
+    fn plug_layer(&self, whose: &str, store: &mut BackingStore) -> Result<()> {
+        let Some(volume) = store.volume() else { return Ok(()) };
+        let key = store.source.as_ref().is_some_and(|source| source.encryption.is_some());
+        let format = store.format.as_ref().map(|format| &*format.name);
+        let found = self.plugged(whose, volume, Said { format, key, below: store.backing.is_some() })?;
+        store.format.get_or_insert_with(|| StoreFormat { name: found.format, ..StoreFormat::default() });
+        // The chain is told to its end.
+        store.backing = store.backing.take().or(found.below).or_else(|| Some(Box::default()));
+        let source = store.source.get_or_insert_default();
+        found.place.put_into(source);
+        source.encryption = source.encryption.take().or(found.key);
+        Ok(())
+    }
+
+    /// What a volume says of itself, where that is not `said`.
+    fn plugged(&self, whose: &str, (pool, volume): (&str, &str), said: Said<'_>) -> Result<Plugged> {
         let keeper = self.0.get().ok_or_else(|| Error::NoSuchPool { what: "name", value: pool.to_owned() })?;
-        let found = keeper.find(pool, volume, disk.backing.is_none()).map_err(|error| match error {
+        let found = keeper.find(pool, volume, !said.below).map_err(|error| match error {
             Error::OperationInvalid(text) => Error::OperationInvalid(format!("{whose}: {text}")),
             Error::NoSuchVolume(text) => Error::NoSuchVolume(format!("{whose}: {text}")),
             Error::StorageFailed(text) => Error::StorageFailed(format!("{whose}: {text}")),
@@ -221,7 +262,7 @@ impl Volumes {
             return Err(Error::Internal(format!("{whose}: its volume has no image")));
         };
         let format = opened_as(&own.format);
-        let as_it_is = disk.format().is_none_or(|said| said == format);
+        let as_it_is = said.format.is_none_or(|said| said == format);
         let unnamed = || {
             let text = format!(
                 "{whose}: volume '{volume}' of pool '{pool}' is encrypted, and nobody has said with which secret: name it in \
@@ -229,31 +270,51 @@ impl Volumes {
             );
             Error::OperationInvalid(text)
         };
-        let key = match own.encrypted && as_it_is && disk.encryption().is_none() {
+        let key = match own.encrypted && as_it_is && !said.key {
             true => Some(key_of(own).ok_or_else(unnamed)?),
             false => None,
         };
-        let below = match disk.backing.is_none() && !below.is_empty() {
+        let below = match !said.below && !below.is_empty() {
             true => Some(layers(below).ok_or_else(unnamed)?),
             false => None,
         };
-        disk.driver.get_or_insert_default().format.get_or_insert_with(|| format.to_owned());
-        disk.backing = disk.backing.take().or(below);
-        let source = disk.source.get_or_insert_default();
-        own.place.put_into(source);
-        source.encryption = source.encryption.take().or(key);
-        Ok(())
+        Ok(Plugged { place: own.place.clone(), format: format.to_owned(), key, below })
     }
 
     /// What of a machine's volumes is missing now.
     pub fn missing_in(&self, def: &DomainDef) -> Vec<Finding> {
-        let disks = def.devices.disks.iter().filter(|disk| disk.volume().is_some());
+        let disks = def.devices.disks.iter().filter(|disk| has_volume(disk));
         let missing = disks.filter_map(|disk| {
             let error = self.plug_disk(&def.name, &mut disk.clone()).err()?;
             let at = disk.source.as_ref().map_or(&disk.at, |source| &source.at);
             Some(Finding::unsupported(at, error.to_string()))
         });
         missing.collect()
+    }
+}
+
+/// What a document says itself of a volume.
+struct Said<'a> {
+    format: Option<&'a str>,
+    /// How it is encrypted.
+    key: bool,
+    /// What it stands on.
+    below: bool,
+}
+
+/// What a driver needs to open a volume.
+struct Plugged {
+    place: VolumePlace,
+    format: String,
+    key: Option<Encryption>,
+    below: Option<Box<BackingStore>>,
+}
+
+/// Has a source of a disk lead to where its volume is, or nowhere while that is not known.
+fn put_or_forget(place: Option<VolumePlace>, source: &mut DiskSource) {
+    match place {
+        Some(place) => place.put_into(source),
+        None => source.forget_place(),
     }
 }
 

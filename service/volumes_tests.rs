@@ -101,6 +101,43 @@ fn a_volume_becomes_the_file_that_it_is_with_what_it_stands_on() {
     assert_eq!(said.files(), [Path::new("/pool/luks")]);
 }
 
+const LAYER: &str =
+    "<driver name='qemu' type='qcow2'/><backingStore type='volume'><source pool='p' volume='v'/></backingStore>";
+
+#[test]
+fn a_layer_that_is_a_volume_becomes_its_file_and_is_known_by_its_name() {
+    let text = format!(
+        "<domain type='test'><name>web</name><memory>1024</memory><devices><disk type='file'>{LAYER}<source file='/a'/>\
+         <target dev='vda' bus='virtio'/></disk></devices></domain>"
+    );
+    let mut def = DomainDef::parse(&text).expect("a domain");
+    def.fill_defaults();
+    let stored = Arc::new(def);
+    let mut live = stored.clone();
+    volumes().plug(&mut live).expect("plugged");
+    let disk = &live.devices.disks[0];
+    assert_eq!(disk.files(), [Path::new("/a"), Path::new("/pool/v"), Path::new("/pool/base")]);
+    let below = disk.backing.as_deref().expect("a layer");
+    assert_eq!((below.kind(), below.volume()), (DiskKind::File, Some(("p", "v"))));
+    assert_eq!(below.format.as_ref().map(|format| &*format.name), Some("qcow2"));
+    assert_eq!(live.pending_changes(&stored), [], "what is stored is no other");
+    let (kept, _) =
+        crate::stored::StoredDef::write(&live, virt_model::xml::Limits::STORED).expect("it can be read again");
+    assert!(!kept.text().contains("/pool/v'"), "{}", kept.text());
+    let images: Vec<PathBuf> = kept.disks.iter().flat_map(|disk| disk.files.to_vec()).collect();
+    assert_eq!(images[..2], [PathBuf::from("/a"), by_name("p", "v")]);
+    let mut placed = stored.clone();
+    volumes().place(&mut placed);
+    assert_eq!(placed.devices.disks[0].files()[1], Path::new("/pool/v"));
+    let other = Arc::new(DomainDef::parse(&text.replace("volume='v'", "volume='none'")).expect("a domain"));
+    let missing = volumes().missing_in(&other);
+    assert!(missing[0].message.contains("disk 'vda': pool 'p' has no such volume"), "{missing:?}");
+    assert!(pools_of(&other) == ["p"] && !live.pending_changes(&other).is_empty());
+    assert!(
+        DomainDef::parse(&text.replace(" volume='v'", "")).unwrap_err()[0].message.contains("a layer of type='volume'")
+    );
+}
+
 #[test]
 fn a_volume_that_is_a_device_is_told_as_one() {
     let disk = plugged("pool='p' volume='device' file='/etc/shadow'", "").expect("plugged");

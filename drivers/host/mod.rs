@@ -42,6 +42,7 @@ pub mod resolve;
 pub mod saved;
 #[allow(clippy::disallowed_methods, reason = "the administrator's folder; links and pipes are refused there")]
 pub mod secret;
+pub mod shares;
 #[allow(clippy::disallowed_methods, reason = "opens /dev/null")]
 pub mod spawn;
 pub mod storage;

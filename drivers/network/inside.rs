@@ -8,6 +8,7 @@ use super::make::{Maker, Namespace};
 use super::own::{HOLDER, IS_READY, READY};
 use crate::host::apart;
 use crate::host::filter;
+use crate::host::neighbours;
 use crate::host::tap::{self, Rate, TapPlan, VlanPlan};
 use crate::host::wall;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -20,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
-use std::net::Shutdown;
+use std::net::{IpAddr, Shutdown};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -81,6 +82,8 @@ pub(crate) enum Request {
     ChangeLimit { device: String, rate: Option<Rate>, leaving: bool },
     /// [`tap::limit_of`].
     LimitOf { device: String, leaving: bool },
+    /// [`neighbours::known`].
+    Neighbours,
 }
 
 /// What came of it.
@@ -96,6 +99,8 @@ pub(crate) enum Answer {
     Problems(Result<Vec<Problem>, PartlySeen>),
     /// How a device is limited.
     Limit(Option<Rate>),
+    /// Hardware address and address of each neighbour.
+    Neighbours(Vec<([u8; 6], IpAddr)>),
     /// Why it was not done.
     Failed(String),
 }
@@ -295,6 +300,10 @@ fn perform(request: Request) -> Performed {
         }
         Request::LimitOf { device, leaving } => {
             tap::limit_of(&device, leaving).map(|held| only(Answer::Limit(held))).map_err(failed)
+        }
+        Request::Neighbours => {
+            let known = neighbours::known().map_err(failed)?;
+            Ok(only(Answer::Neighbours(known.into_iter().map(|(mac, address)| (mac.0, address)).collect())))
         }
     }
 }

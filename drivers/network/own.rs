@@ -22,11 +22,15 @@ use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
+use virt_model::device::Interface;
+use virt_model::device::interface::InterfaceKind;
+use virt_model::domain::value::Mac;
 use virt_model::driver::network::{NetworkError, PartlySeen, PluggedCard, Problem, ProblemToken};
 use virt_model::network::NetworkDef;
 use virt_model::network::forward::Mode;
@@ -189,6 +193,19 @@ impl OwnNetwork {
 
     fn done(&self, request: &Request) -> Result<(), NetworkError> {
         self.ask(request).map(drop)
+    }
+
+    /// The one that the host's end of a card is in, if that is not on the host.
+    pub fn of_card<'a>(own: Option<&'a OwnNetwork>, card: &Interface) -> Option<&'a OwnNetwork> {
+        own.filter(|_| card.kind == InterfaceKind::Network)
+    }
+
+    /// Its neighbours, as [`crate::host::neighbours::known`] tells those of the host. Blocks.
+    pub fn neighbours(&self) -> Result<Vec<(Mac, IpAddr)>, NetworkError> {
+        match self.ask(&Request::Neighbours)? {
+            (Answer::Neighbours(known), _) => Ok(known.into_iter().map(|(mac, address)| (Mac(mac), address)).collect()),
+            (other, _) => Err(NetworkError::Failed(format!("the answer is {other:?}"))),
+        }
     }
 
     /// As [`Maker::can_start`], when what holds of any host has been looked at.

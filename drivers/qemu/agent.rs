@@ -5,10 +5,12 @@ use super::peer;
 use crate::agent::{Line, PowerChange, Talk, Terms, Turns, change_power, channel, no_channel, not_connected};
 use crate::host::neighbours;
 use crate::host::workers::blocking;
+use crate::network::OwnNetwork;
 use async_trait::async_trait;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::net::UnixStream;
+use virt_model::device::Interface;
 use virt_model::device::chardev::CharKind;
 use virt_model::domain::DomainDef;
 use virt_model::driver::agent::CardAddresses;
@@ -49,17 +51,30 @@ pub fn device(live: &DomainDef) -> Option<String> {
     channel(live)?.info.alias().map(str::to_owned)
 }
 
-/// What the host's neighbours tell of the cards of a machine.
-pub async fn neighbours(live: &DomainDef) -> Result<Vec<CardAddresses>, DriverError> {
-    let known = blocking(neighbours::known).await?;
-    let known =
-        known.map_err(|error| DriverError::Internal(format!("the host's neighbours cannot be told: {error}")))?;
-    let cards = live.devices.interfaces.iter().filter_map(|card| card.mac()).map(|mac| CardAddresses {
-        name: String::new(),
-        mac: mac.to_string(),
-        addresses: known.iter().filter(|(of, _)| *of == mac).map(|(_, address)| (address.to_string(), 0)).collect(),
+/// What neighbours tell of the cards of a machine: the host's, and for cards in the user's own network those in there.
+pub async fn neighbours(live: &DomainDef, own: Option<&OwnNetwork>) -> Result<Vec<CardAddresses>, DriverError> {
+    let of_card = |card: &Interface| Some((card.mac()?, OwnNetwork::of_card(own, card).cloned()));
+    let cards: Vec<_> = live.devices.interfaces.iter().filter_map(of_card).collect();
+    let inside = cards.iter().find_map(|(_, own)| own.clone());
+    let is_outside = cards.iter().any(|(_, own)| own.is_none());
+    let ask = move || {
+        let failed = |why: String| DriverError::Internal(format!("neighbours cannot be told: {why}"));
+        let hosts = is_outside.then(neighbours::known).transpose().map_err(|error| failed(error.to_string()))?;
+        // Where nobody holds that network any more, nothing is in there.
+        let inside = inside.filter(|own| own.holder().is_some());
+        let own = match inside.map(|own| own.neighbours()).transpose() {
+            Err(error) if hosts.is_none() => return Err(failed(error.to_string())),
+            own => own.unwrap_or_default(),
+        };
+        Ok((hosts.unwrap_or_default(), own.unwrap_or_default()))
+    };
+    let (hosts, in_own) = blocking(ask).await??;
+    let told = cards.into_iter().map(|(mac, own)| {
+        let known = if own.is_some() { &in_own } else { &hosts };
+        let addresses = known.iter().filter(|(of, _)| *of == mac).map(|(_, address)| (address.to_string(), 0));
+        CardAddresses { name: String::new(), mac: mac.to_string(), addresses: addresses.collect() }
     });
-    Ok(cards.filter(|card| !card.addresses.is_empty()).collect())
+    Ok(told.filter(|card| !card.addresses.is_empty()).collect())
 }
 
 #[async_trait]

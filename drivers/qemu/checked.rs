@@ -1,4 +1,4 @@
-//! A definition of which it is known that this QEMU can run it on this host.
+//! A definition of which it is known that this QEMU can run it on this host: it was looked at, or is what became of one that was.
 
 use virt_model::domain::DomainDef;
 
@@ -7,7 +7,7 @@ use virt_model::domain::DomainDef;
 pub struct Checked<'a>(&'a DomainDef);
 
 impl<'a> Checked<'a> {
-    /// For [`super::check`] alone, which builds the command line in one place.
+    /// For [`super::check`] alone.
     pub(super) fn of(def: &'a DomainDef) -> Checked<'a> {
         Checked(def)
     }

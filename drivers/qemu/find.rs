@@ -263,7 +263,7 @@ struct Caller {
     reporter: Arc<Reporter>,
     /// As it ran when last seen.
     live: Arc<DomainDef>,
-    /// It was up, and its CPUs ran or were just being told to.
+    /// Its CPUs ran, or are told to when its QEMU is ready.
     is_to_run: bool,
 }
 

@@ -266,7 +266,7 @@ impl Instance for QemuInstance {
     }
 
     async fn neighbours(&self, live: &DomainDef) -> Result<Vec<CardAddresses>, DriverError> {
-        agent::neighbours(live).await
+        agent::neighbours(live, self.body.leavings.own_network.as_ref()).await
     }
 
     fn expanded_cpu(&self) -> Option<Cpu> {

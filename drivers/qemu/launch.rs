@@ -17,7 +17,7 @@ use super::log::Log;
 use super::make;
 use super::monitor::Monitor;
 use super::plan::{Command, Companion, Expected, HostFile, MemorySource, Role, SecretContent, VSOCK_FD};
-use super::qmp::Qmp;
+use super::qmp::{COMMAND_TIMEOUT, Qmp};
 use super::record::{Keeper, Phase, Record};
 use super::report::Reporter;
 use super::room;
@@ -34,7 +34,7 @@ use crate::host::listen::listen;
 use crate::host::process::Process;
 use crate::host::secret;
 use crate::host::tap::name_of;
-use crate::host::wall::{Ground, GroundToCome};
+use crate::host::wall::GroundToCome;
 use crate::host::workers::blocking;
 use crate::host::workers::{ClosedAside, Errand, Stop, Workers};
 use crate::network::OwnNetwork;
@@ -48,8 +48,9 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -154,12 +155,12 @@ struct Prepared {
 }
 
 impl Start {
-    /// Starts it.
-    pub async fn run(self) -> Result<Up, DriverError> {
+    /// Starts it, to run as `live`. The `ground` of QEMU's wall is made while all else is prepared, where root makes the wall.
+    pub async fn run(self, ground: Option<GroundToCome>, live: Arc<DomainDef>) -> Result<Up, DriverError> {
         let start = Arc::new(self);
         let keeper = Arc::new(Keeper::new(start.recorder.clone(), start.record()));
         let mut made = Made::default();
-        match start.attempt(&keeper, &mut made).await {
+        match start.attempt((ground, live), &keeper, &mut made).await {
             Ok(up) => Ok(up),
             Err(error) => Err(start.undo(error, made, keeper).await),
         }
@@ -190,15 +191,24 @@ impl Start {
         Leavings { uuid: self.uuid, runtime_dir, ledger, claims, own_network: self.own_network.clone() }
     }
 
-    async fn attempt(self: &Arc<Self>, keeper: &Arc<Keeper>, made: &mut Made) -> Result<Up, DriverError> {
-        let ground = self.ground()?;
-        if self.lender.is_wary() {
-            // From here on something may be lent.
-            keeper.change(|_| {}).await?;
-        }
+    async fn attempt(
+        self: &Arc<Self>,
+        (ground, live): (Option<GroundToCome>, Arc<DomainDef>),
+        keeper: &Arc<Keeper>,
+        made: &mut Made,
+    ) -> Result<Up, DriverError> {
         let secrets = self.hand_secrets().await?;
-        let start = self.clone();
-        let mut prepared = self.afar(&self.leavings().own_dir(), move |stop| start.prepare(stop)).await?;
+        let (start, own) = (self.clone(), self.leavings().own_dir());
+        let begun = async {
+            match self.lender.is_wary() {
+                // From then on something may be lent.
+                true => keeper.change(|_| {}).await,
+                false => Ok(()),
+            }
+        };
+        // Neither is left alone with what the other has failed with.
+        let (prepared, begun) = tokio::join!(self.afar(&own, move |stop| start.prepare(stop)), begun);
+        let mut prepared = begun.and(prepared)?;
         prepared.gifts.extend(secrets);
         made.log = Some(prepared.log.clone());
         let taken = self.take_devices(keeper).await?;
@@ -214,8 +224,11 @@ impl Start {
         self.still_wanted()?;
         let process = made.process.insert(self.spawn_qemu(keeper, prepared, ground).await?);
         let reporter = Reporter::new(Guest::starting(), self.events.clone(), agent::device(&self.started));
+        // Most of what follows is waiting for QEMU.
+        let recorder = self.recorder.clone();
+        let said = tokio::spawn(blocking(move || recorder.will_run(&live)));
         let (monitor, devices) = tokio::select! {
-            up = self.bring_up(&reporter, keeper) => up?,
+            up = self.bring_up(&reporter, keeper, said) => up?,
             _ = process.ended() => return Err(DriverError::Gone),
             () = self.cancel.cancelled() => return Err(DriverError::Cancelled),
             why = lost_companion(&made.companions, process) => return Err(why),
@@ -234,12 +247,6 @@ impl Start {
     ) -> Result<T, DriverError> {
         let errand = Errand::new(self.uuid, what.display().to_string()).until(&self.cancel);
         self.workers.run(errand, move |stop| work(stop)).await
-    }
-
-    /// Has the ground of QEMU's wall made, while all else is prepared, where root makes the wall.
-    fn ground(&self) -> Result<Option<GroundToCome>, DriverError> {
-        let begun = self.lender.is_wary().then(Ground::begin).transpose();
-        begun.map_err(|e| unshown("QEMU", &e))
     }
 
     /// The secrets that QEMU is to find, each in an open file in memory.
@@ -340,6 +347,9 @@ impl Start {
         let lender = self.lender.clone();
         let beside = self.command.companions.iter().filter(|c| !c.privileged).flat_map(|c| &c.files);
         let wants: Vec<Want> = self.command.files.iter().chain(&devices).chain(beside).map(want).collect();
+        if wants.is_empty() {
+            return Ok(Vec::new());
+        }
         let what = wants.first().map(|want| want.path.clone()).unwrap_or_default();
         let uuid = self.uuid;
         let errand = Errand::new(uuid, what.display().to_string()).until(&self.cancel);
@@ -442,12 +452,72 @@ impl Start {
         self.lender.user().map(|_| (self.uuid, self.bounds))
     }
 
-    /// From the process to running CPUs.
-    async fn bring_up(&self, reporter: &Arc<Reporter>, keeper: &Arc<Keeper>) -> Result<Answers, DriverError> {
-        let monitor = Qmp::connect(&self.leavings().monitor(), reporter.ears(), HELLO).await?;
-        let monitor = Arc::new(monitor);
+    /// From the process to running CPUs. When `said` has ended, what it will run as is with the recorder.
+    async fn bring_up(
+        &self,
+        reporter: &Arc<Reporter>,
+        keeper: &Arc<Keeper>,
+        said: JoinHandle<Result<(), DriverError>>,
+    ) -> Result<Answers, DriverError> {
+        let begun = Instant::now();
+        let left = || HELLO.saturating_sub(begun.elapsed());
+        let greeted = Qmp::connect(&self.leavings().monitor(), reporter.ears(), HELLO).await?;
+        let (monitor, cpu, within) = match self.only_runs() {
+            true => (Arc::new(greeted.ready_in_time().await), None, left()),
+            false => {
+                let monitor = Arc::new(greeted.ready(left()).await?);
+                let cpu = self.make_ready(&monitor, reporter, keeper).await?;
+                (monitor, cpu, COMMAND_TIMEOUT)
+            }
+        };
+        let ask = async |command: &str| monitor.execute_with(command, json!({}), Vec::new(), within).await;
+        let devices = async {
+            match live::has_terminals(&self.started) {
+                true => ask("query-chardev").await.map_err(DriverError::from),
+                false => Ok(Value::Null),
+            }
+        };
+        let cpu = cpu.map(|cpu| expanded::written(&cpu));
+        let kept = async {
+            let _ = said.await;
+            keeper.change(|record| (record.phase, record.cpu) = (Phase::Running, cpu)).await
+        };
+        let runs = async {
+            if self.paused {
+                reporter.guest(Guest::stands);
+                return Ok(());
+            }
+            ask("cont").await.map(drop).map_err(DriverError::from)
+        };
+        // QEMU is slow to answer at first: all is asked at once.
+        let devices = match self.from {
+            // Whoever finds it kept and not running yet lets it run.
+            None => tokio::try_join!(devices, runs, kept)?.0,
+            Some(_) => {
+                let (devices, ()) = tokio::try_join!(devices, runs)?;
+                kept.await?;
+                devices
+            }
+        };
+        Ok((monitor, devices))
+    }
+
+    /// Whether its QEMU, which its command line makes whole, has nothing more to be told than to let it run.
+    fn only_runs(&self) -> bool {
+        let is_whole = self.command.nodes.is_empty() && self.command.setup.is_empty() && self.tuning.is_none();
+        is_whole && self.from.is_none() && !self.paused && !expanded::is_open(&self.started)
+    }
+
+    /// Gives a QEMU that answers all that it is to have before its CPUs run. The CPU that it has made of what was left open, if
+    /// that is to be kept.
+    async fn make_ready(
+        &self,
+        monitor: &Arc<Qmp>,
+        reporter: &Arc<Reporter>,
+        keeper: &Arc<Keeper>,
+    ) -> Result<Option<Cpu>, DriverError> {
         if !self.command.nodes.is_empty() {
-            // Servers may be slow to answer, as they may be before a QEMU says hello.
+            // Servers may be slow to answer, as they may be before a QEMU answers.
             let line = Monitor::new(monitor.clone(), reporter.clone());
             let build = async {
                 for node in &self.command.nodes {
@@ -465,43 +535,16 @@ impl Start {
             monitor.execute(command, arguments.clone()).await?;
         }
         if let Some(pid) = keeper.process_id().filter(|_| !self.tuning.is_none()) {
-            self.tuning.apply(self.uuid, pid, &monitor).await?;
+            self.tuning.apply(self.uuid, pid, monitor).await?;
         }
         let cpu = match &self.pinned {
-            None if expanded::is_open(&self.started) => {
-                expanded::ask(&monitor, &self.command.args, &self.started).await
-            }
+            None if expanded::is_open(&self.started) => expanded::ask(monitor, &self.command.args, &self.started).await,
             pinned => pinned.clone(),
         };
         if let Some(MemorySource::Stream(_)) = &self.from {
             self.is_loaded(keeper, cpu.as_ref()).await?;
         }
-        let devices = async {
-            match live::has_terminals(&self.started) {
-                true => monitor.execute("query-chardev", json!({})).await.map_err(DriverError::from),
-                false => Ok(Value::Null),
-            }
-        };
-        let cpu = cpu.map(|cpu| expanded::written(&cpu));
-        let kept = keeper.change(|record| (record.phase, record.cpu) = (Phase::Running, cpu));
-        let runs = async {
-            if self.paused {
-                reporter.guest(Guest::stands);
-                return Ok(());
-            }
-            monitor.execute("cont", json!({})).await.map(drop).map_err(DriverError::from)
-        };
-        // QEMU is slow to answer at first: all is asked at once.
-        let devices = match self.from {
-            // Whoever finds it kept and not running yet lets it run.
-            None => tokio::try_join!(devices, runs, kept)?.0,
-            Some(_) => {
-                let (devices, ()) = tokio::try_join!(devices, runs)?;
-                kept.await?;
-                devices
-            }
-        };
-        Ok((monitor, devices))
+        Ok(cpu)
     }
 
     /// It holds what was saved of the guest: whoever finds it from now on lets it go on, and nobody starts from that again.

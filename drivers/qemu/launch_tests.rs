@@ -3,8 +3,8 @@
 use super::*;
 use crate::DriverConfig;
 use crate::host::process::Identity;
-use crate::qemu::QemuDriver;
 use crate::qemu::plan::BEFORE_DEVICES;
+use crate::qemu::{Beginning, QemuDriver};
 use virt_model::driver::{Driver, Launch};
 
 #[derive(Default)]
@@ -50,7 +50,7 @@ async fn a_disk_that_no_argument_describes_is_there_when_its_device_is_made() {
         events,
         cancel: cancel.clone(),
     };
-    let (mut start, _, _ports) = driver.starting(launch, cancel).await.unwrap();
+    let Beginning { mut start, ground, live, ports: _ports } = driver.starting(launch, cancel).await.unwrap();
     let mut args = std::mem::take(&mut start.command.args).into_iter();
     while let Some(word) = args.next() {
         match &*word {
@@ -60,7 +60,7 @@ async fn a_disk_that_no_argument_describes_is_there_when_its_device_is_made() {
     }
     assert_eq!(start.command.nodes.len(), 2);
     start.command.args.push(BEFORE_DEVICES.to_owned());
-    let up = start.run().await.unwrap();
+    let up = start.run(ground, live).await.unwrap();
     let process: Identity = serde_json::from_value(record.0.lock().unwrap()["process"].clone()).unwrap();
     let arguments = String::from_utf8(std::fs::read(format!("/proc/{}/cmdline", process.pid)).unwrap()).unwrap();
     assert!(arguments.contains(BEFORE_DEVICES) && !arguments.contains("token"), "{arguments}");

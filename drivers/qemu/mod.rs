@@ -63,6 +63,7 @@ mod wall;
 
 use crate::DriverConfig;
 use crate::host::lender::Lender;
+use crate::host::wall::{Ground, GroundToCome};
 use crate::host::workers::blocking;
 use crate::host::workers::{Errand, Workers};
 use crate::network::OwnNetwork;
@@ -82,7 +83,7 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::{DriverError, Instance, Launch, Running};
-use virt_model::xml::{Finding, FindingKind, refusals};
+use virt_model::xml::{Finding, FindingKind};
 
 /// Drives QEMU on this host.
 #[derive(Clone)]
@@ -108,10 +109,23 @@ struct Inner {
     sealing: snapshot::Sealing,
 }
 
-/// By what a start was accepted: the emulator as it was judged, which is held, and by which parts of the definition it was found.
+/// By what a start was accepted: the emulator as it was judged, which is held, by which parts of the definition it was found, and
+/// the definition that it can run.
 struct Judged {
     by: (Option<String>, Option<String>),
     asked: Asked,
+    passed: check::Passed,
+}
+
+/// A start that has not begun.
+struct Beginning {
+    start: Start,
+    /// The ground of QEMU's wall, which is being made, where root makes the wall.
+    ground: Option<GroundToCome>,
+    /// The machine that it makes.
+    live: Arc<DomainDef>,
+    /// They are kept free for it meanwhile.
+    ports: live::Reserved,
 }
 
 /// Documents by architecture, kind and machine, each with what it was made of.
@@ -181,6 +195,13 @@ impl QemuDriver {
         looked.await
     }
 
+    /// Refuses what a start from power off would be refused for.
+    async fn passes(&self, def: &DomainDef, caps: Arc<Capabilities>) -> Result<check::Passed, DriverError> {
+        let (inner, here) = (self.0.clone(), def.clone());
+        let errand = Errand::new(def.uuid, "the files of the machine");
+        self.0.workers.run(errand, move |_| inner.accept(here, caps)).await
+    }
+
     /// By whose rights tools run that work for no guest.
     pub fn tool_rights(&self) -> crate::storage::ToolRights {
         let inner = self.0.clone();
@@ -211,12 +232,8 @@ impl QemuDriver {
         launch: Launch,
         cancel: CancellationToken,
     ) -> Result<(QemuInstance, Arc<DomainDef>), DriverError> {
-        let (start, mut live, _ports) = self.starting(launch, cancel).await?;
-        let (recorder, will_run) = (start.recorder.clone(), live.clone());
-        // Beside the start, most of which is waiting for QEMU.
-        let said = blocking(move || recorder.will_run(&will_run));
-        let (up, _) = tokio::join!(start.run(), said);
-        let launch::Up { instance, devices, links } = up?;
+        let Beginning { start, ground, mut live, ports: _ports } = self.starting(launch, cancel).await?;
+        let launch::Up { instance, devices, links } = start.run(ground, live.clone()).await?;
         let running = Arc::make_mut(&mut live);
         live::set_terminals(running, &devices);
         live::name_links(running, links);
@@ -224,25 +241,25 @@ impl QemuDriver {
     }
 
     /// What its QEMU can do: as it was judged when the start was accepted, or as it is now.
-    async fn asked_for(&self, launch: &Launch) -> Result<Asked, DriverError> {
-        let judged = launch.accepted.0.as_ref().and_then(|accepted| accepted.downcast_ref::<Judged>());
-        match judged.filter(|judged| judged.by == names_emulator(&launch.def)) {
+    async fn asked_for(&self, def: &DomainDef, judged: Option<&Judged>) -> Result<Asked, DriverError> {
+        match judged {
             Some(judged) => Ok(judged.asked.clone()),
-            None => self.0.prober.probe(launch.def.uuid, &emulator(&launch.def).await).await,
+            None => self.0.prober.probe(def.uuid, &emulator(def).await).await,
         }
     }
 
-    /// A start that has not begun, the machine that it makes, and the ports that are kept free for it meanwhile.
-    async fn starting(
-        &self,
-        launch: Launch,
-        cancel: CancellationToken,
-    ) -> Result<(Start, Arc<DomainDef>, live::Reserved), DriverError> {
+    /// A start that has not begun.
+    async fn starting(&self, launch: Launch, cancel: CancellationToken) -> Result<Beginning, DriverError> {
+        let judged = launch.accepted.0.as_ref().and_then(|accepted| accepted.downcast_ref::<Judged>());
+        let judged = judged.filter(|judged| judged.by == names_emulator(&launch.def));
         let Asked { capabilities: caps, program } = tokio::select! {
-            asked = self.asked_for(&launch) => asked?,
+            asked = self.asked_for(&launch.def, judged) => asked?,
             () = cancel.cancelled() => return Err(DriverError::Cancelled),
         };
         let lender = self.lender(&launch.def, None).await?;
+        let ground = lender.is_wary().then(Ground::begin).transpose();
+        let ground = ground.map_err(|e| launch::unshown("QEMU", &e))?;
+        let passed = judged.map(|judged| &judged.passed).filter(|passed| passed.is(&launch.def));
         let mut live = DomainDef::clone(&launch.def);
         let restored = launch.from.is_some();
         live::leave_out_missing_media(&mut live, restored, &self.0.workers).await?;
@@ -270,7 +287,11 @@ impl QemuDriver {
         if let Some(then) = &pinned {
             started.cpu = Some(command::pinned(started.cpu.as_ref(), then, &caps));
         }
-        let mut command = check::checked_command(&started, &caps, &place).map_err(DriverError::Config)?;
+        let command = match passed {
+            Some(passed) => passed.command(&started, &place),
+            None => check::checked_command(&started, &caps, &place),
+        };
+        let mut command = command.map_err(DriverError::Config)?;
         let from = launch.from.map(snapshot::source).transpose()?;
         if let Some(plan::MemorySource::File { .. } | plan::MemorySource::Stream(_)) = &from {
             command.args.extend(["-incoming".to_owned(), "defer".to_owned()]);
@@ -301,7 +322,7 @@ impl QemuDriver {
             events: launch.events,
             cancel,
         };
-        Ok((start, Arc::new(live), ports))
+        Ok(Beginning { start, ground, live: Arc::new(live), ports })
     }
 }
 
@@ -316,20 +337,19 @@ impl Inner {
         found
     }
 
-    /// Refuses what a start from power off would be refused for; the command line is built once for all that looks at it. Blocks.
-    fn accept(&self, def: DomainDef, caps: &Capabilities) -> Result<(), DriverError> {
+    /// See [`QemuDriver::passes`]; the command line is built once for all that looks at it. Blocks.
+    fn accept(&self, def: DomainDef, caps: Arc<Capabilities>) -> Result<check::Passed, DriverError> {
         let (own, as_us, mut here) = (guests_dir(&def), self.privileges.are_ours(), def.clone());
         let places = hostdev::find_usb(&mut here, Path::new(SYSFS), false).unwrap_or_default();
         let place = command::Place::now(&own, MONITOR_FD, !as_us);
-        let (mut findings, command) = check::examine(&def, &places.written_into(&here), caps, &place);
-        findings.extend(self.missing_on_host(&def));
-        refusals(findings).map_err(DriverError::Config)?;
-        let command = command.map_err(DriverError::Config)?;
+        let missing = self.missing_on_host(&def);
+        let passed = check::pass(def, &places.written_into(&here), caps, &place, missing);
+        let (passed, command) = passed.map_err(DriverError::Config)?;
         if let Some(lack) = needs::unmet(&here, Some(&command), &own, false, as_us).into_iter().next() {
             return Err(lack.error());
         }
-        let taken = needs::taken_ports(&def).into_iter().next();
-        taken.map_or(Ok(()), |port| Err(DriverError::Refused(port.message)))
+        let taken = needs::taken_ports(&here).into_iter().next();
+        taken.map_or(Ok(passed), |port| Err(DriverError::Refused(port.message)))
     }
 
     /// What may be on disk of that guest alone. What an earlier definition of it had made is among it; the folder of a TPM

@@ -13,7 +13,7 @@ use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::Journal;
 
 /// QEMU may be at work on a snapshot, deaf, for as long.
-const DEAF: Duration = Duration::from_secs(3600);
+pub const DEAF: Duration = Duration::from_secs(3600);
 /// How often progress is asked for.
 const LOOK: Duration = Duration::from_millis(250);
 /// How long a guest stands at the most for what it wrote last to be copied.

@@ -49,6 +49,45 @@ async fn a_controller_that_cannot_be_taken_back_stays_in_what_runs() {
     assert_eq!(aliases, ["scsi0"]);
 }
 
+/// All that a device stands on is told at once; of the device itself QEMU hears when that is there.
+#[tokio::test]
+async fn a_device_is_not_told_of_where_what_it_stands_on_was_refused() {
+    let (instance, mut peer, _reports, _) = guest("exec sleep 1000").await;
+    let dir = tempfile::tempdir().unwrap();
+    let driver = QemuDriver::new(&DriverConfig::below(dir.path(), false));
+    let image = dir.path().join("image");
+    std::fs::write(&image, vec![0; 1 << 16]).unwrap();
+    let disk = format!(
+        "<disk type='file' device='disk'><driver type='raw'/><source file='{}'/><target dev='vdb' bus='virtio'/>
+         <alias name='virtio-disk1'/></disk>",
+        image.display()
+    );
+    let (before, mut def) = (with_devices(""), with_devices(&disk));
+    let attachment = Attachment { before: &before, alias: "virtio-disk1", image: None };
+    let qemu = async {
+        let mut told = Vec::new();
+        for _ in 0..2 {
+            let mut line = String::new();
+            peer.read_line(&mut line).await.unwrap();
+            told.push(serde_json::from_str::<Value>(&line).unwrap());
+        }
+        assert_eq!([&told[0]["execute"], &told[1]["execute"]], ["blockdev-add", "blockdev-add"]);
+        for (told, answer) in
+            told.iter().zip(["\"return\": {}", "\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}"])
+        {
+            let answer = format!("{{{answer}, \"id\": {}}}\n", told["id"]);
+            peer.get_mut().write_all(answer.as_bytes()).await.unwrap();
+        }
+        let undone = asked(&mut peer, "blockdev-del", "").await;
+        assert_eq!(undone["node-name"], told[0]["arguments"]["node-name"]);
+        answer(&mut peer, "", "\"return\": []").await;
+    };
+    let (plugged, ()) = tokio::join!(driver.plug(instance.body(), &mut def, attachment, dir.path()), qemu);
+    let refused = plugged.unwrap_err();
+    assert!(matches!(&refused, DriverError::Hypervisor(why) if why.contains("blockdev-add: no")), "{refused}");
+    assert!(def.devices.disks.is_empty());
+}
+
 const STICK: &str = "<hostdev type='usb'><source><vendor id='0x0951'/><product id='0x1666'/></source>\
                      <alias name='hostdev0'/></hostdev>";
 /// What the other end of a monitor is asked, and answers with nothing; events that follow.

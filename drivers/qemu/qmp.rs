@@ -34,6 +34,8 @@ use virt_model::driver::DriverError;
 
 /// How long a command may take unless its caller says otherwise.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(20);
+/// What has QEMU take commands.
+const NEGOTIATE: &str = "qmp_capabilities";
 /// The longest line that is read, in bytes: what a machine with some hundred images answers is shorter. Understood, a line
 /// takes a multiple of that.
 const MAX_LINE: usize = 4 << 20;
@@ -106,25 +108,25 @@ struct Outgoing {
 struct Waiting(Mutex<Option<HashMap<u64, oneshot::Sender<Value>>>>);
 
 impl Qmp {
-    /// Connects to the socket at `path`, says hello, and hears events from then on. `within` bounds all of it: a QEMU
-    /// whose monitor is taken accepts the connection and says nothing.
-    pub async fn connect(path: &Path, listener: impl Listener, within: Duration) -> Result<Qmp, QmpError> {
+    /// Connects to the socket at `path`, is greeted, and hears events from then on. `within` bounds all of it: a QEMU whose monitor
+    /// is taken accepts the connection and says nothing. A QEMU that is just beginning greets long before it takes commands.
+    pub async fn connect(path: &Path, listener: impl Listener, within: Duration) -> Result<Greeted, QmpError> {
         let stream =
             UnixStream::connect(path).await.map_err(|e| QmpError::Connect(format!("{}: {e}", path.display())))?;
-        Qmp::negotiate(stream, listener, within).await
+        in_time("greeting", within, Qmp::greeted(stream, listener)).await
     }
 
-    /// As [`Qmp::connect`], on a stream that stands.
+    /// On a stream that stands, with a QEMU that takes commands by the time this returns.
     pub async fn negotiate(stream: UnixStream, listener: impl Listener, within: Duration) -> Result<Qmp, QmpError> {
-        let hello = async {
-            let (read, write) = stream.into_split();
-            let mut lines = Lines::new(read);
-            greeting(&mut lines).await?;
-            let qmp = Qmp::run(lines, write, listener);
-            qmp.execute("qmp_capabilities", json!({})).await?;
-            Ok(qmp)
-        };
-        timeout(within, hello).await.unwrap_or_else(|_| Err(QmpError::TimedOut("greeting".into())))
+        let hello = async { Qmp::greeted(stream, listener).await?.ready(within).await };
+        in_time("greeting", within, hello).await
+    }
+
+    async fn greeted(stream: UnixStream, listener: impl Listener) -> Result<Greeted, QmpError> {
+        let (read, write) = stream.into_split();
+        let mut lines = Lines::new(read);
+        greeting(&mut lines).await?;
+        Ok(Greeted(Qmp::run(lines, write, listener)))
     }
 
     fn run(lines: Lines, write: OwnedWriteHalf, listener: impl Listener) -> Qmp {
@@ -149,18 +151,23 @@ impl Qmp {
         fds: Vec<ClosedAside>,
         within: Duration,
     ) -> Result<Value, QmpError> {
+        in_time(command, within, async { self.send(command, arguments, fds).await?.answer().await }).await
+    }
+
+    /// Gives a command that QEMU does after all that it was given before, also where that was refused.
+    pub async fn send<'a>(
+        &'a self,
+        command: &'a str,
+        arguments: Value,
+        fds: Vec<ClosedAside>,
+    ) -> Result<Sent<'a>, QmpError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();
-        let _place = self.waiting.enter(id, reply)?;
+        let place = self.waiting.enter(id, reply)?;
         let line = line(command, arguments, id);
-        let exchange = async {
-            self.queue.send(Outgoing { line, fds }).await.map_err(|_| QmpError::Closed)?;
-            answer.await.map_err(|_| QmpError::Closed)
-        };
         let changes = (!Known::is_question(command)).then(|| Change::begin(&self.known, command));
-        let reply = timeout(within, exchange).await.map_err(|_| QmpError::TimedOut(command.to_owned()))??;
-        drop(changes);
-        result(command, reply)
+        self.queue.send(Outgoing { line, fds }).await.map_err(|_| QmpError::Closed)?;
+        Ok(Sent { command, answer, _place: place, _changes: changes })
     }
 
     /// What `read` finds in what QEMU says to a question, or has said while nothing changed that it was told or reports
@@ -191,6 +198,48 @@ impl Qmp {
         let line = line(command, arguments, id);
         // Where the stream has ended, all who wait are told that.
         let _ = timeout(COMMAND_TIMEOUT, self.queue.send(Outgoing { line, fds: Vec::new() })).await;
+    }
+}
+
+/// A connection over which no command has gone.
+pub struct Greeted(Qmp);
+
+impl Greeted {
+    /// Waits until QEMU takes commands.
+    pub async fn ready(self, within: Duration) -> Result<Qmp, QmpError> {
+        self.0.execute_with(NEGOTIATE, json!({}), Vec::new(), within).await?;
+        Ok(self.0)
+    }
+
+    /// Has QEMU take commands when it comes to that: what it is given until then it does then, in that order.
+    pub async fn ready_in_time(self) -> Qmp {
+        self.0.tell(NEGOTIATE, json!({})).await;
+        self.0
+    }
+}
+
+/// What `work` comes to, if that is in time. Error: `TimedOut` that names the command.
+pub async fn in_time<T>(
+    command: &str,
+    within: Duration,
+    work: impl Future<Output = Result<T, QmpError>>,
+) -> Result<T, QmpError> {
+    timeout(within, work).await.unwrap_or_else(|_| Err(QmpError::TimedOut(command.to_owned())))
+}
+
+/// A command that QEMU was given, and has not answered.
+pub struct Sent<'a> {
+    command: &'a str,
+    answer: oneshot::Receiver<Value>,
+    _place: Place<'a>,
+    _changes: Option<Change<'a>>,
+}
+
+impl Sent<'_> {
+    /// Its `return`.
+    pub async fn answer(self) -> Result<Value, QmpError> {
+        let reply = self.answer.await.map_err(|_| QmpError::Closed)?;
+        result(self.command, reply)
     }
 }
 

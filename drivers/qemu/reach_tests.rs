@@ -86,7 +86,7 @@ impl Machine {
             events,
             cancel: cancel.clone(),
         };
-        let (mut start, _, ports) = driver.starting(launch, cancel.clone()).await.unwrap();
+        let Beginning { mut start, ground, live, ports } = driver.starting(launch, cancel.clone()).await.unwrap();
         start.command.program = std::env::current_exe().unwrap();
         start.program = Arc::new(Program::at(&start.command.program, false).unwrap());
         start.command.companions = companions;
@@ -102,7 +102,7 @@ impl Machine {
         let task = tokio::spawn(async move {
             let (_ports, _ends) = (ports, ends);
             // It never says hello.
-            start.run().await.err()
+            start.run(ground, live).await.err()
         });
         Machine { uuid, disk, runtime, log, record, cancel, ended, task }
     }

@@ -2,11 +2,13 @@
 //!
 //! ```text
 //!   starting ──────▶ spawned ──────▶ loaded ───────────▶ running
-//!   before anything  before QEMU     from a saved        CPUs run, or are just being told to,
-//!   is lent or made  runs            machine only        or stand as asked
+//!   before anything  before QEMU     from a saved        CPUs run, or are told to when QEMU is ready,
+//!   is lent          runs            machine only        or stand as asked
 //! ```
 //! A guest whose record says neither `loaded` nor `running` was cut off in its start: the next virtd ends it. One that is `loaded` may
-//! have gone on from what was saved of it, which is not used again: the next virtd lets it go on.
+//! have gone on from what was saved of it, which is not used again: the next virtd lets it go on. One that is `running` is let run
+//! where its CPUs have never run: its QEMU may have been just at its beginning, and where it does not come to its end, the guest has
+//! ended.
 
 use super::changes::{Change, HostPart, Undoing};
 use super::companion::Recorded;
@@ -30,7 +32,7 @@ pub enum Phase {
     Spawned,
     /// It holds what was saved of the guest, which goes on from there with the next command.
     Loaded,
-    /// The guest is up.
+    /// The guest is up, or will be as soon as its QEMU is ready: nobody has more to do for that.
     Running,
 }
 

@@ -10,6 +10,7 @@ use crate::host::files::{Seen, What};
 use crate::host::perf::{self, Counters};
 use crate::host::usage;
 use crate::host::workers::{Errand, Workers, blocking};
+use crate::network::OwnNetwork;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
@@ -19,7 +20,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use virt_model::device::balloon::BalloonModel;
 use virt_model::device::disk::DiskKind;
-use virt_model::device::interface::InterfaceKind;
 use virt_model::device::{Disk, Interface};
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
@@ -345,7 +345,7 @@ fn traffic(told: &Value, threshold: u64) -> DiskTraffic {
 fn interfaces(body: &Body, def: &DomainDef) -> Vec<InterfaceStats> {
     let counted = |card: &Interface| {
         let target = card.target.as_ref().and_then(|target| target.dev.clone());
-        let own = body.leavings.own_network.as_ref().filter(|_| card.kind == InterfaceKind::Network);
+        let own = OwnNetwork::of_card(body.leavings.own_network.as_ref(), card);
         let traffic = target.as_deref().and_then(|name| match own {
             None => usage::of_link(name),
             Some(own) => usage::of_tap(name, own.holder()?.identity.pid),

@@ -71,11 +71,34 @@ impl Draft {
     pub fn name(&self, name: &str) -> io::Result<()> {
         let mut unfinished = self.unfinished.lock().unwrap_or_else(PoisonError::into_inner);
         match &*unfinished {
-            Some(from) => renameat_with(&self.folder, from, &self.folder, name, RenameFlags::NOREPLACE)?,
+            Some(from) => match renameat_with(&self.folder, from, &self.folder, name, RenameFlags::NOREPLACE) {
+                // NFS has no word for that; a second name is not given where one is.
+                Err(Errno::INVAL) => self.give_second(from, name)?,
+                renamed => renamed?,
+            },
             None => self.link(name)?,
         }
         *unfinished = None;
         Ok(fsync(&self.folder)?)
+    }
+
+    /// Gives it its name beside the one that it has for now, which goes: if that fails, when the pool is started.
+    fn give_second(&self, from: &str, name: &str) -> io::Result<()> {
+        match linkat(&self.folder, from, &self.folder, name, AtFlags::empty()) {
+            // A server that was asked twice, since its first reply was lost, says so of what it has done itself.
+            Err(Errno::EXIST) if self.has_name(name) => {}
+            linked => linked?,
+        }
+        if let Err(error) = unlinkat(&self.folder, from, AtFlags::empty()) {
+            let folder = self.folder.real().display();
+            tracing::warn!("{folder}: '{name}' is called '{from}', too, until the pool is started again: {error}");
+        }
+        Ok(())
+    }
+
+    fn has_name(&self, name: &str) -> bool {
+        let found = self.folder.beneath(name).ok().flatten();
+        found.is_some_and(|found| self.id().is_ok_and(|id| id == found.id()))
     }
 
     /// Gives it a name that another file has, which is gone then. Blocks.

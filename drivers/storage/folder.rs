@@ -5,18 +5,23 @@ use crate::host::apart::apart;
 use crate::host::resolve::Found;
 use crate::host::workers::ClosedAside;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags};
-use rustix::fs::{fstat, fstatvfs, openat, openat2, statat, statx, unlinkat};
+use rustix::fs::{NFS_SUPER_MAGIC, fstat, fstatfs, fstatvfs, openat, openat2, statat, statx, unlinkat};
 use rustix::io::Errno;
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use uuid::Uuid;
 use virt_model::driver::storage::{FileId, Room};
-use virt_model::storage::{UNFINISHED, check_volume_name};
+use virt_model::storage::{UNFINISHED, check_volume_name, is_left_by_nfs};
 use virt_model::xml::is_deceptive;
 
 /// More names than these are not read: a folder of so many is none for volumes.
 const MOST: usize = 200_000;
+
+/// So long ago in seconds, a day, nobody who still makes a volume has last written to it.
+const LATE: i64 = 24 * 60 * 60;
 
 /// A pool's folder, and where it is without links.
 #[derive(Debug)]
@@ -85,7 +90,7 @@ impl PoolFolder {
                 continue;
             }
             match entry.file_name().to_str() {
-                Ok(name) if name.starts_with(UNFINISHED) => {}
+                Ok(name) if name.starts_with(UNFINISHED) || is_left_by_nfs(name) => {}
                 Ok(name) if check_volume_name(name).is_ok() && !name.chars().any(is_deceptive) => {
                     names.push(name.to_owned())
                 }
@@ -130,6 +135,27 @@ impl PoolFolder {
         Ok(Room { capacity, allocation: capacity.saturating_sub(free), available: bytes(room.f_bavail) })
     }
 
+    /// Whether another host may be at work on it. `now`: by the clock of who keeps the folder, which may not be ours. What has two names
+    /// has its own already, and what it was called meanwhile nobody needs.
+    fn may_be_worked_on(&self, name: &CStr, now: i64) -> io::Result<bool> {
+        let stat = match statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => return Ok(true),
+            stat => stat?,
+        };
+        Ok(stat.st_nlink < 2 && now.saturating_sub(stat.st_mtime) < LATE)
+    }
+
+    /// What the clock of who keeps the folder says, in seconds: it dates a file that is made for that.
+    fn clock(&self) -> io::Result<i64> {
+        let name = format!("{UNFINISHED}{}", Uuid::new_v4());
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = apart(openat(&self.0, &name, flags, Mode::RUSR | Mode::WUSR)?)?;
+        let stat = fstat(&file);
+        drop(file);
+        unlinkat(&self.0, &name, AtFlags::empty())?;
+        Ok(stat?.st_mtime)
+    }
+
     /// Removes what has that name, for good.
     pub fn remove(&self, name: &str) -> io::Result<()> {
         match unlinkat(&self.0, name, AtFlags::empty()) {
@@ -138,28 +164,83 @@ impl PoolFolder {
         }
     }
 
-    /// Removes what was being made when somebody was killed.
-    pub fn remove_unfinished(&self) -> io::Result<()> {
+    /// Removes what was being made when somebody was killed. `others_too`: another host may be making volumes in it now, so what was
+    /// written of late stays. What cannot be removed stays, too, and is not listed. Error: it cannot be told what is there.
+    pub fn remove_unfinished(&self, others_too: bool) -> io::Result<()> {
+        let mut unfinished = Vec::new();
         for entry in Dir::read_from(&self.0)?.take(MOST) {
             let entry = entry?;
             if entry.file_name().to_bytes().starts_with(UNFINISHED.as_bytes()) {
-                match unlinkat(&self.0, entry.file_name(), AtFlags::empty()) {
-                    Err(Errno::NOENT | Errno::ISDIR) => {}
-                    removed => removed?,
+                unfinished.push(entry.file_name().to_owned());
+            }
+        }
+        if unfinished.is_empty() {
+            return Ok(());
+        }
+        let now = others_too.then(|| self.clock()).transpose();
+        for name in unfinished {
+            let removed = match &now {
+                Ok(Some(now)) => self.may_be_worked_on(&name, *now).map(|stays| !stays),
+                Ok(None) => Ok(true),
+                Err(e) => Err(io::Error::new(e.kind(), format!("nothing can be made beside it: {e}"))),
+            };
+            let removed = removed.and_then(|goes| match goes {
+                true => Ok(unlinkat(&self.0, &name, AtFlags::empty())?),
+                false => Ok(()),
+            });
+            match removed {
+                Err(e) if !matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::IsADirectory) => {
+                    tracing::warn!("{}: {name:?} was never finished, and cannot be removed: {e}", self.1.display());
                 }
+                _ => {}
             }
         }
         Ok(())
     }
 }
 
-/// Which file it is.
+/// Which file it is. NFS may not say when one was born: its handle is another one then for each file that has had that number.
 pub fn id_of(file: &impl AsFd) -> io::Result<FileId> {
     let told = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::INO | StatxFlags::BTIME)?;
     let is_known = told.stx_mask & StatxFlags::BTIME.bits() != 0;
     let seconds = u64::try_from(told.stx_btime.tv_sec).unwrap_or_default();
     let born = seconds.saturating_mul(1_000_000_000) + u64::from(told.stx_btime.tv_nsec);
-    Ok(FileId { number: told.stx_ino, born: if is_known { born } else { 0 } })
+    let born = match is_known {
+        true => born,
+        false if fstatfs(file)?.f_type == NFS_SUPER_MAGIC => handle_of(file).unwrap_or_default(),
+        false => 0,
+    };
+    Ok(FileId { number: told.stx_ino, born })
+}
+
+/// A number that stands for the handle that a file's server knows it by; `None`: nobody tells it.
+fn handle_of(file: &impl AsFd) -> Option<u64> {
+    let mut told = Handle { length: MOST_OF_A_HANDLE, kind: 0, bytes: [0; MOST_OF_A_HANDLE as usize] };
+    let mut mount = 0;
+    // SAFETY: `told` is laid out as the kernel's `file_handle`, and says how many bytes follow it.
+    let done = unsafe {
+        let fd = file.as_fd().as_raw_fd();
+        libc::name_to_handle_at(fd, c"".as_ptr(), (&raw mut told).cast(), &mut mount, libc::AT_EMPTY_PATH)
+    };
+    let bytes = told.bytes.get(..told.length as usize).filter(|_| done == 0)?;
+    Some(number_of(bytes))
+}
+
+/// The same number for the same bytes in each version of virtd: it is stored (FNV-1a). Never 0.
+fn number_of(bytes: &[u8]) -> u64 {
+    let mixed = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, mixed).max(1)
+}
+
+/// The most bytes that the kernel gives for one.
+const MOST_OF_A_HANDLE: u32 = 128;
+
+/// The kernel's `file_handle`.
+#[repr(C)]
+struct Handle {
+    length: u32,
+    kind: i32,
+    bytes: [u8; MOST_OF_A_HANDLE as usize],
 }
 
 impl AsFd for PoolFolder {
@@ -211,5 +292,69 @@ impl Beneath {
     fn open_as(&self, way: OFlags) -> io::Result<OwnedFd> {
         let flags = way | OFlags::NONBLOCK | OFlags::CLOEXEC;
         apart(openat(rustix::fs::CWD, through(&self.fd), flags, Mode::empty())?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nfs_keeps_of_a_removed_file_is_no_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in [".nfs0123456789abcdef01234567", ".nfs0123", "a.img"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let folder = PoolFolder::open(dir.path(), false).unwrap();
+        let mut names = folder.names().unwrap().0;
+        names.sort();
+        assert_eq!(names, [".nfs0123", "a.img"]);
+        assert!(folder.beneath(".nfs0123456789abcdef01234567").unwrap().is_none());
+        assert!(folder.beneath(".nfs0123").unwrap().is_some());
+    }
+
+    #[test]
+    fn what_another_host_may_be_making_stays_for_a_day() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(format!("{UNFINISHED}{name}"));
+        let make = || {
+            for (name, hours) in [("new", 0), ("late", 23), ("old", 25)] {
+                let file = File::create(at(name)).unwrap();
+                file.set_modified(std::time::SystemTime::now() - std::time::Duration::from_secs(hours * 3600)).unwrap();
+            }
+        };
+        let left = || ["new", "late", "old"].into_iter().filter(|name| at(name).exists()).collect::<Vec<_>>();
+        let folder = PoolFolder::open(dir.path(), false).unwrap();
+        make();
+        folder.remove_unfinished(true).unwrap();
+        assert_eq!(left(), ["new", "late"]);
+        std::fs::hard_link(at("new"), dir.path().join("volume")).unwrap();
+        folder.remove_unfinished(true).unwrap();
+        assert_eq!(left(), ["late"]);
+        folder.remove_unfinished(false).unwrap();
+        assert_eq!(left(), [""; 0]);
+        assert_eq!(folder.names().unwrap().0, ["volume"]);
+    }
+
+    #[test]
+    fn the_clock_of_a_folder_leaves_nothing_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let now = PoolFolder::open(dir.path(), false).unwrap().clock().unwrap();
+        let ours = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec;
+        assert!((now - ours).abs() < 60, "{now} {ours}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_handle_has_always_the_same_number() {
+        let (of_a, of_nothing) = (number_of(b"a"), number_of(b""));
+        assert_eq!((of_a, of_nothing), (0xaf63_dc4c_8601_ec8c, 0xcbf2_9ce4_8422_2325));
+        let dir = tempfile::tempdir().unwrap();
+        let [one, other] = ["one", "other"].map(|name| File::create(dir.path().join(name)).unwrap());
+        // A file system may have none.
+        if let (Some(one_is), Some(other_is)) = (handle_of(&one), handle_of(&other)) {
+            assert_ne!(one_is, other_is);
+            assert_eq!(handle_of(&one), Some(one_is));
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! Storage of this host: pools that are folders, file systems on devices that are mounted on one, and volume groups.
+//! Storage of this host: pools that are folders, file systems on devices and folders of other hosts that are mounted on one, and volume
+//! groups.
 //!
 //! ```text
 //!  HostStorage ─build─▶ build.rs     the folder, and the file system on the device
@@ -6,7 +7,8 @@
 //!                       VolumeGroup ─ group.rs    what is done to each of its volumes
 //!                                   ─ block.rs    the device of one
 //!                                   ─ leftovers.rs  what was under way in it when somebody was killed
-//!              ─open──▶ mounts.rs    the device's file system, mounted and unmounted
+//!              ─open──▶ mounts.rs    what is mounted and unmounted: a device's file system, or
+//!                       share.rs     a folder of another host's; mount_table.rs tells what is there
 //!              ─sources─▶ sources.rs  what pools could come from
 //!                       held.rs      which folder is which pool's
 //!                       FolderPool ─ pool.rs      what is done to each volume
@@ -33,10 +35,13 @@ mod held;
 mod leftovers;
 mod logical;
 mod look;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own table below /proc")]
+mod mount_table;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own table below /proc, and the devices that it names")]
 mod mounts;
 mod pool;
 mod serve;
+mod share;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys")]
 mod sources;
 pub mod table;
@@ -50,7 +55,7 @@ use async_trait::async_trait;
 use build::BuildSite;
 use folder::PoolFolder;
 use held::{Held, HeldFolder};
-use mounts::Fresh;
+use mounts::{Fresh, Means};
 use pool::FolderPool;
 use sources::Search;
 use std::io;
@@ -81,14 +86,26 @@ pub struct HostStorage {
     held: Held,
     groups: logical::HeldGroups,
     search: Search,
+    /// Who holds it asks another host what it offers.
+    asks: tokio::sync::Mutex<()>,
+    /// Why no share is mounted here, if so: looked for once, since whoever is told it cannot wait for it.
+    lacks_for_shares: Option<String>,
 }
 
 impl HostStorage {
-    /// Whose tools run by those rights; `runtime`: a folder of ours, for what ends with us; `wary`: for others than us.
+    /// Whose tools run by those rights; `runtime`: a folder of ours, for what ends with us; `wary`: for others than us. Looks for tools.
     pub fn new(rights: ToolRights, secrets: Secrets, runtime: &Path, wary: bool) -> HostStorage {
         let (workers, held, runtime) = (Workers::default(), Held::default(), runtime.to_owned());
         let (groups, search) = (logical::HeldGroups::default(), Search::default());
-        HostStorage { workers, rights, secrets, runtime, wary, held, groups, search }
+        let (asks, lacks_for_shares) = (tokio::sync::Mutex::default(), share::lacks());
+        HostStorage { workers, rights, secrets, runtime, wary, held, groups, search, asks, lacks_for_shares }
+    }
+
+    /// Takes away what may be mounted in vain since virtd was killed. Before any pool is opened. Blocks.
+    pub fn clear_leftovers(&self) {
+        if self.wary {
+            share::clear_asides(&self.runtime);
+        }
     }
 
     fn errand(def: &PoolDef, work: &dyn Work) -> Errand {
@@ -99,7 +116,11 @@ impl HostStorage {
 #[async_trait]
 impl Storage for HostStorage {
     fn kinds(&self) -> Vec<PoolAbility> {
-        PoolKind::ALL.iter().map(|kind| self.ability(*kind)).collect()
+        let with_tools = |ability: PoolAbility| match self.lacks(ability.kind) {
+            lacks if lacks == ability.lacks => ability,
+            lacks => PoolAbility { lacks, volume_formats: &[], features: &[], finds_sources: false, ..ability },
+        };
+        self.kinds_with_tools().into_iter().map(with_tools).collect()
     }
 
     fn check(&self, def: &PoolDef) -> Result<(), DriverError> {
@@ -109,6 +130,7 @@ impl Storage for HostStorage {
         let mut findings = table::refused_of_pool(def);
         findings.extend(match def.kind {
             PoolKind::Fs => mounts::refused(def),
+            PoolKind::Netfs => share::refused(def),
             PoolKind::Logical => logical::refused(def),
             _ => Vec::new(),
         });
@@ -123,13 +145,15 @@ impl Storage for HostStorage {
         if findings.is_empty() { Ok(()) } else { Err(DriverError::Config(findings)) }
     }
 
-    async fn find_sources(&self, kind: PoolKind) -> Result<Vec<PoolSource>, DriverError> {
-        match (self.ability(kind), kind) {
-            (PoolAbility { lacks: None, finds_sources: true, .. }, PoolKind::Fs) => self.unused_file_systems().await,
-            (PoolAbility { lacks: None, finds_sources: true, .. }, PoolKind::Logical) => self.unused_groups().await,
-            (PoolAbility { lacks: Some(why), .. }, PoolKind::Fs | PoolKind::Logical) => {
-                Err(DriverError::Unsupported(why))
-            }
+    async fn find_sources(&self, kind: PoolKind, asked: Option<&PoolSource>) -> Result<Vec<PoolSource>, DriverError> {
+        match (kind, self.lacks(kind)) {
+            (PoolKind::Fs | PoolKind::Netfs | PoolKind::Logical, Some(why)) => Err(DriverError::Unsupported(why)),
+            (PoolKind::Netfs, None) => self.offered(asked).await,
+            (PoolKind::Fs | PoolKind::Logical, None) if asked.is_some() => Err(DriverError::Argument(format!(
+                "a search for what pools of type '{kind}' could come from has no document: leave it empty"
+            ))),
+            (PoolKind::Fs, None) => self.unused_file_systems().await,
+            (PoolKind::Logical, None) => self.unused_groups().await,
             _ => Err(DriverError::Unsupported(format!(
                 "what pools of type '{kind}' could come from is not searched here"
             ))),
@@ -141,7 +165,7 @@ impl Storage for HostStorage {
         if def.kind == PoolKind::Logical {
             return self.build_group(def, overwrite, work).await;
         }
-        if overwrite && def.kind == PoolKind::Dir {
+        if overwrite && matches!(def.kind, PoolKind::Dir | PoolKind::Netfs) {
             let text =
                 "a folder has nothing that is overwritten: build it without that, and delete its volumes".to_owned();
             return Err(DriverError::Argument(text));
@@ -192,8 +216,8 @@ impl Storage for HostStorage {
 
     async fn close(&self, def: &PoolDef) -> Result<(), DriverError> {
         match def.kind {
-            PoolKind::Fs => self.close_folder(def).await,
             PoolKind::Logical => self.close_group(def).await,
+            _ if def.mounted_source().is_some() => self.close_folder(def).await,
             _ => Ok(()),
         }
     }
@@ -214,69 +238,111 @@ impl Storage for HostStorage {
 }
 
 impl HostStorage {
-    /// Finds the folder of a pool, on which its file system is mounted if it is on a device.
+    /// Finds the folder of a pool, on which what it comes from is mounted, if that is elsewhere.
     async fn open_folder(&self, def: &PoolDef, work: &dyn Work) -> Result<Arc<dyn OpenPool>, DriverError> {
         let (path, wary, errand, def) = (path_of(def), self.wary, HostStorage::errand(def, work), def.clone());
-        let errand = if def.kind == PoolKind::Fs { Errand { limit: mounts::PATIENCE, ..errand } } else { errand };
+        let limit = match def.kind {
+            PoolKind::Fs => mounts::PATIENCE,
+            PoolKind::Netfs => share::PATIENCE,
+            _ => errand.limit,
+        };
         let (held, rights, pool) = (self.held.clone(), self.rights.clone(), def.uuid);
         let (workers, secrets, runtime) = (self.workers.clone(), self.secrets.clone(), self.runtime.clone());
         work.step();
         let open = move |stop: &Arc<Stop>| {
-            let images = || FolderPool::images(&rights, pool, stop);
-            let (fresh, folder, device) = match def.kind {
-                PoolKind::Fs => {
-                    let (folder, device, fresh) = mounts::mounted((&path, &def), images)?;
-                    (fresh, folder, Some(device))
+            let means = Means {
+                images: &|| FolderPool::images(&rights, pool, stop),
+                secrets: &secrets,
+                runtime: &runtime,
+                stop,
+            };
+            let (fresh, folder, mounted) = match def.mounted_source() {
+                Some(_) => {
+                    let (folder, mounted, fresh) = mounts::mounted((&path, &def), &means)?;
+                    (fresh, folder, Some(mounted))
                 }
-                _ => (Fresh::default(), opened(&path, wary)?, None),
+                None => (Fresh::default(), opened(&path, wary)?, None),
             };
             let folder = Arc::new(folder);
             // What this pool is making itself is no rest of anything.
             if held.take(&folder, pool, &def.name, &path)? {
-                folder.remove_unfinished().map_err(|e| failed("tidy", &path, &e))?;
+                let others_too = def.kind == PoolKind::Netfs;
+                folder.remove_unfinished(others_too).map_err(|e| failed("tidy", &path, &e))?;
             }
-            let features = if fill::shares_blocks(&folder) { SHARING } else { FEATURES };
+            let features = match def.kind {
+                PoolKind::Netfs => OF_OTHERS_TOO,
+                _ if fill::shares_blocks(&folder) => SHARING,
+                _ => FEATURES,
+            };
             // What comes too late is taken away again.
             stop.check()?;
             let made_mount = fresh.keep();
             let real = folder.real().to_owned();
             let folder = HeldFolder::new(held, (pool, &def.name), folder);
-            Ok(FolderPool { pool, path, real, folder, device, made_mount, features, workers, rights, secrets, runtime })
+            Ok(FolderPool {
+                pool,
+                path,
+                real,
+                folder,
+                mounted,
+                made_mount,
+                features,
+                workers,
+                rights,
+                secrets,
+                runtime,
+            })
         };
         let workers = self.workers.clone();
-        Ok(Arc::new(workers.run(errand, open).await?))
+        Ok(Arc::new(workers.run(Errand { limit, ..errand }, open).await?))
     }
 
     async fn close_folder(&self, def: &PoolDef) -> Result<(), DriverError> {
-        let (path, def) = (path_of(def), def.clone());
+        let (path, def, runtime) = (path_of(def), def.clone(), self.runtime.clone());
         let errand = Errand { limit: mounts::PATIENCE, ..Errand::new(def.uuid, path.display().to_string()) };
-        self.workers.run(errand, move |stop| mounts::release_of((&path, &def), stop)).await
+        let close = move |stop: &Arc<Stop>| {
+            share::clear_aside(&runtime, def.uuid);
+            mounts::release_of((&path, &def), stop)
+        };
+        self.workers.run(errand, close).await
     }
 
-    /// What can be done with pools of that kind.
+    /// What it can do with each kind of pool where every tool is installed.
+    pub fn kinds_with_tools(&self) -> Vec<PoolAbility> {
+        PoolKind::ALL.iter().map(|kind| self.ability(*kind)).collect()
+    }
+
     fn ability(&self, kind: PoolKind) -> PoolAbility {
-        let lacks = self.lacks(kind);
-        let (volume_formats, features): (&[_], &[_]) = match (kind, lacks) {
-            (PoolKind::Logical, None) => (&["raw"], group::FEATURES),
-            (_, None) => (&["raw", "qcow2", "luks"], SHARING),
-            (_, Some(_)) => (&[], &[]),
+        let lacks = self.refuses(kind);
+        let (volume_formats, features): (&[_], &[_]) = match (lacks, kind) {
+            (None, PoolKind::Netfs) => (FORMATS, OF_OTHERS_TOO),
+            (None, PoolKind::Logical) => (&["raw"], group::FEATURES),
+            (None, _) => (FORMATS, SHARING),
+            (Some(_), _) => (&[], &[]),
         };
         let source_formats = match (kind, lacks) {
             (PoolKind::Fs, None) => mounts::FORMATS,
+            (PoolKind::Netfs, None) => share::FORMATS,
             (PoolKind::Logical, None) => logical::FORMATS,
             _ => source_formats(kind),
         };
-        let finds_sources = matches!(kind, PoolKind::Fs | PoolKind::Logical) && lacks.is_none();
+        let finds_sources = matches!(kind, PoolKind::Fs | PoolKind::Netfs | PoolKind::Logical) && lacks.is_none();
         let lacks = lacks.map(str::to_owned);
         PoolAbility { kind, lacks, volume_formats, source_formats, features, finds_sources }
     }
 
     /// Why pools of that kind are not started, if so.
-    fn lacks(&self, kind: PoolKind) -> Option<&'static str> {
+    fn lacks(&self, kind: PoolKind) -> Option<String> {
+        let refused = self.refuses(kind).map(str::to_owned);
+        refused.or_else(|| self.lacks_for_shares.clone().filter(|_| kind == PoolKind::Netfs))
+    }
+
+    /// The same whatever is installed.
+    fn refuses(&self, kind: PoolKind) -> Option<&'static str> {
         match kind {
             PoolKind::Dir => None,
-            PoolKind::Fs if self.wary => None,
-            PoolKind::Fs => Some(
+            PoolKind::Fs | PoolKind::Netfs if self.wary => None,
+            PoolKind::Fs | PoolKind::Netfs => Some(
                 "file systems are mounted by root's virtd alone, that of the system bus: define the pool there, or mount the \
                  file system by other means, and define a pool of type 'dir' on its folder",
             ),
@@ -285,17 +351,22 @@ impl HostStorage {
                 "volume groups are activated by root's virtd alone, that of the system bus: define the pool there, or have root \
                  give you a device",
             ),
-            _ => {
-                Some("pools of this type are kept and shown, and not started here: only 'dir', 'fs' and 'logical' are")
-            }
+            _ => Some(
+                "pools of this type are kept and shown, and not started here: only 'dir', 'fs', 'netfs' and 'logical' are",
+            ),
         }
     }
 }
 
+/// The formats of volumes that are made.
+const FORMATS: &[&str] = &["raw", "qcow2", "luks"];
 /// What can be done with pools whose volumes are files.
 const FEATURES: &[&str] = &["create", "thin-clone", "resize", "shrink", "upload", "wipe", "watch"];
 /// The same where a copy can share blocks with what it is copied from.
 const SHARING: &[&str] = &["create", "thin-clone", "reflink", "resize", "shrink", "upload", "wipe", "watch"];
+
+/// The same where other hosts change what is there, and nobody tells.
+const OF_OTHERS_TOO: &[&str] = &["create", "thin-clone", "resize", "shrink", "upload", "wipe"];
 
 fn path_of(def: &PoolDef) -> PathBuf {
     PathBuf::from(def.target_path().unwrap_or_default())

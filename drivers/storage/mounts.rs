@@ -1,16 +1,19 @@
-//! Pools that are the file system on a device of the host's, mounted on a folder. A mount outlives virtd: who opens the pool first
-//! looks whether it is there.
+//! Pools that are a file system mounted on a folder: that on a device of the host's, or a folder that another host shares. A mount
+//! outlives virtd: who opens the pool first looks whether it is there.
 //!
 //! ```text
-//!  device, found and judged ─▶ mount that is nowhere yet ─▶ put onto the folder that is held ─▶ the folder, opened anew
-//!  the folder ─▶ which mount it is in ─▶ the kernel's table says of which device, or that it is nowhere any more
+//!  device, found and judged ─┬─▶ mount that is nowhere yet ─▶ put onto the folder that is held ─▶ the folder, opened anew
+//!  share (share.rs) ─────────┘
+//!  the folder ─▶ which mount it is in ─▶ the kernel's table says of what, or that it is nowhere any more
 //! ```
 
 use super::build::dress;
 use super::folder::PoolFolder;
 use super::held::HeldFolder;
+use super::mount_table::{Line, lines, table};
+use super::share::Share;
 use super::watch::Mounts;
-use super::{failed, opened};
+use super::{Secrets, failed, opened};
 use crate::host::acl::through;
 use crate::host::apart::apart;
 use crate::host::files::Folder;
@@ -22,11 +25,9 @@ use crate::host::workers::{Errand, Stop, Workers};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, StatxFlags, fstat, open, openat, openat2, statx};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
-use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -43,12 +44,6 @@ pub const FORMATS: &[&str] = &["auto", "ext2", "ext3", "ext4", "xfs", "btrfs"];
 
 /// Where devices are.
 const DEV: &str = "/dev";
-/// How each pool's file system is mounted: nothing on it is run, or is a device.
-const FLAGS: [&str; 3] = ["nosuid", "nodev", "noexec"];
-
-/// What is mounted where, for virtd.
-pub const TABLE: &str = "/proc/self/mountinfo";
-
 /// How long a file system may take to be mounted or unmounted: it reads what it finds itself by, and writes what is not on disk yet.
 pub const PATIENCE: Duration = Duration::from_secs(600);
 /// How long an unmount waits for those who look into the file system for a moment.
@@ -64,10 +59,31 @@ pub struct Device {
     found: Found,
 }
 
+/// What is mounted for a pool.
+#[derive(Debug)]
+pub enum Mountable {
+    /// The file system on a device.
+    Device(Device),
+    /// A folder that another host shares.
+    Share(Share),
+}
+
+/// What mounting may need.
+pub struct Means<'a> {
+    /// The tool that says what is on a device, with the rights that it has.
+    pub images: &'a dyn Fn() -> Result<Images, DriverError>,
+    /// What proves to a server who comes.
+    pub secrets: &'a Secrets,
+    /// A folder of ours.
+    pub runtime: &'a Path,
+    /// When to stop.
+    pub stop: &'a Stop,
+}
+
 /// What is mounted where a pool is to be.
 #[derive(Debug, PartialEq, Eq)]
 enum OnFolder {
-    /// The file system on its device, as it is mounted here.
+    /// What is mounted for it, as it is mounted here.
     PoolsOwn,
     /// That file system, mounted otherwise, and how.
     Unfit(String),
@@ -75,19 +91,6 @@ enum OnFolder {
     Nothing,
     /// Something else, which is called so.
     Other(String),
-}
-
-/// A line of the kernel's table of mounts.
-#[derive(Debug, PartialEq, Eq)]
-struct Line {
-    id: u64,
-    device: (u32, u32),
-    /// Which folder of the file system it is.
-    root: PathBuf,
-    at: PathBuf,
-    options: String,
-    /// Where the file system comes from, in words that who mounts it chooses.
-    source: PathBuf,
 }
 
 /// A mount that was made here: dropped before it is kept, it is taken away again.
@@ -133,17 +136,17 @@ pub fn said_type(def: &PoolDef) -> Option<&str> {
     format.filter(|format| *format != "auto")
 }
 
-/// The folder on which the file system of a pool's device is mounted, from now on if it was not yet. `images`: by whose rights it is
-/// looked what is on the device. Blocks. Error: nothing is mounted that was not before.
+/// The folder on which a pool's file system is mounted, from now on if it was not yet. Blocks. Error: nothing is mounted that was not
+/// before.
 pub fn mounted(
     (path, def): (&Path, &PoolDef),
-    images: impl FnOnce() -> Result<Images, DriverError>,
-) -> Result<(PoolFolder, Arc<Device>, Fresh), DriverError> {
-    let source = PathBuf::from(def.mounted_device().unwrap_or_default());
-    let device = Device::at(&source).map_err(|e| failed("open", &source, &e))?;
+    means: &Means<'_>,
+) -> Result<(PoolFolder, Arc<Mountable>, Fresh), DriverError> {
+    let mountable = Mountable::of(def)?;
+    let source = mountable.source().to_owned();
     let folder = opened(path, true)?;
-    match device.mounted_on(&folder).map_err(|e| failed("look at", path, &e))? {
-        OnFolder::PoolsOwn => return Ok((folder, Arc::new(device), Fresh::default())),
+    match mountable.mounted_on(&folder).map_err(|e| failed("look at", path, &e))? {
+        OnFolder::PoolsOwn => return Ok((folder, Arc::new(mountable), Fresh::default())),
         OnFolder::Unfit(how) => return Err(unfit(path, &source, &how)),
         OnFolder::Other(what) => {
             let path = path.display();
@@ -152,37 +155,27 @@ pub fn mounted(
         }
         OnFolder::Nothing => {}
     }
-    let kind = match said_type(def) {
-        Some(kind) => kind.to_owned(),
-        None => device.type_on_it(&source, &images()?)?,
-    };
-    let cannot = |e: &io::Error| {
-        DriverError::Storage(format!("cannot mount {} as {kind} on {}: {e}", source.display(), path.display()))
-    };
-    let mount = device.mount(&kind).map_err(|e| cannot(&e))?;
-    // Who made it may have been killed before it was given these.
-    if is_blank(&mount).map_err(|e| cannot(&e))? {
-        let root = mount.try_clone().and_then(|mount| Found::of(mount, device.real().to_owned())?.folder());
-        let dressed = root.and_then(|root| dress(&root, def));
-        dressed.map_err(|e| failed("set the owner and mode of what is on", &source, &e))?;
-    }
+    let cannot =
+        |e: &io::Error| DriverError::Storage(format!("cannot mount {} on {}: {e}", source.display(), path.display()));
+    let mount = mountable.mount(def, means)?;
     put(&mount, &folder).map_err(|e| cannot(&e))?;
     drop(mount);
     let fresh = Fresh(Some(folder.real().to_owned()));
     drop(folder);
     let folder = opened(path, true)?;
-    match device.mounted_on(&folder).map_err(|e| failed("look at", path, &e))? {
-        OnFolder::PoolsOwn => Ok((folder, Arc::new(device), fresh)),
+    match mountable.mounted_on(&folder).map_err(|e| failed("look at", path, &e))? {
+        OnFolder::PoolsOwn => Ok((folder, Arc::new(mountable), fresh)),
+        OnFolder::Other(what) => Err(cannot(&io::Error::other(format!("what is there now is {what}")))),
         _ => Err(cannot(&io::Error::other("another folder has come to its place meanwhile"))),
     }
 }
 
 /// Unmounts what a pool has on its folder. What is not there any more is fine. Blocks. Error: it is there, or that cannot be told,
 /// and the pool has it.
-pub fn close(device: &Device, hold: &HeldFolder, path: &Path, stop: &Stop) -> Result<(), DriverError> {
+pub fn close(mountable: &Mountable, hold: &HeldFolder, path: &Path, stop: &Stop) -> Result<(), DriverError> {
     // One that came back late, or failed, may have left what was not found again.
-    let Some(folder) = hold.peek() else { return release(device, path, stop) };
-    let is_there = device.is_at(&folder, path).map_err(|e| failed("look at", path, &e))?;
+    let Some(folder) = hold.peek() else { return release(mountable, path, stop) };
+    let is_there = mountable.is_at(&folder, path).map_err(|e| failed("look at", path, &e))?;
     let real = is_there.then(|| folder.real().to_owned());
     drop(folder);
     hold.let_go();
@@ -193,34 +186,34 @@ pub fn close(device: &Device, hold: &HeldFolder, path: &Path, stop: &Stop) -> Re
     })
 }
 
-/// Unmounts what somebody mounted of that device on that folder for a pool, of which nothing is held. Blocks.
-fn release(device: &Device, path: &Path, stop: &Stop) -> Result<(), DriverError> {
+/// Unmounts what somebody mounted of that on that folder for a pool, of which nothing is held. Blocks.
+fn release(mountable: &Mountable, path: &Path, stop: &Stop) -> Result<(), DriverError> {
     match Found::resolve(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         _ => {}
     }
     let folder = opened(path, true)?;
-    let (found, real) = (device.mounted_on(&folder), folder.real().to_owned());
+    let (found, real) = (mountable.mounted_on(&folder), folder.real().to_owned());
     drop(folder);
     match found.map_err(|e| failed("look at", path, &e))? {
         OnFolder::PoolsOwn => take_away_in_time(&real, stop),
-        OnFolder::Unfit(how) => Err(unfit(path, device.real(), &how)),
+        OnFolder::Unfit(how) => Err(unfit(path, mountable.source(), &how)),
         OnFolder::Nothing | OnFolder::Other(_) => Ok(()),
     }
 }
 
 /// The same for a pool that was not opened since virtd began.
 pub fn release_of((path, def): (&Path, &PoolDef), stop: &Stop) -> Result<(), DriverError> {
-    let source = PathBuf::from(def.mounted_device().unwrap_or_default());
-    match Device::at(&source) {
-        Ok(device) => release(&device, path, stop),
+    let source = PathBuf::from(def.mounted_source().unwrap_or_default());
+    match Mountable::of(def) {
+        Ok(mountable) => release(&mountable, path, stop),
         // Of a device that has gone nothing is known but what was said when it was mounted.
         Err(error) => {
             let table = table().map_err(|e| failed("look at", path, &e))?;
             match lines(&table).any(|line| line.at == path && line.source == source) {
                 false => Ok(()),
                 true => Err(DriverError::Refused(format!(
-                    "{}: it is mounted, and its device {} cannot be looked at ({error}): unmount it",
+                    "{}: {} is mounted there, and cannot be looked at ({error}): unmount it",
                     path.display(),
                     source.display()
                 ))),
@@ -240,15 +233,15 @@ pub async fn tell_lost(
     tell: Sender<PoolChange>,
     workers: Workers,
     errand: Errand,
-    device: Arc<Device>,
+    mountable: Arc<Mountable>,
     path: PathBuf,
     hold: HeldFolder,
 ) {
     let mut pause = AGAIN;
     loop {
-        let (device, path, hold) = (device.clone(), path.clone(), hold.clone());
+        let (mountable, path, hold) = (mountable.clone(), path.clone(), hold.clone());
         let look = move |_: &Arc<Stop>| {
-            let is_at = hold.peek().map_or(Ok(true), |folder| device.is_at(&folder, &path));
+            let is_at = hold.peek().map_or(Ok(true), |folder| mountable.is_at(&folder, &path));
             is_at.map_err(|e| failed("look at", &path, &e))
         };
         let looked = workers.run(errand.clone(), look).await;
@@ -263,6 +256,65 @@ pub async fn tell_lost(
             () = tokio::time::sleep(pause), if looked.is_err() => {}
             () = tell.closed() => return,
         }
+    }
+}
+
+impl Mountable {
+    /// What is mounted for a pool. Error: it is not there, or cannot be used.
+    fn of(def: &PoolDef) -> Result<Mountable, DriverError> {
+        if let Some(share) = Share::of(def) {
+            return Ok(Mountable::Share(share));
+        }
+        let path = PathBuf::from(def.mounted_device().unwrap_or_default());
+        Device::at(&path).map(Mountable::Device).map_err(|e| failed("open", &path, &e))
+    }
+
+    /// Where it comes from, as the table of mounts has it.
+    fn source(&self) -> &Path {
+        match self {
+            Mountable::Device(device) => device.real(),
+            Mountable::Share(share) => share.source(),
+        }
+    }
+
+    /// A mount of it that is nowhere yet. Device nodes and programs in it are none.
+    fn mount(&self, def: &PoolDef, means: &Means<'_>) -> Result<OwnedFd, DriverError> {
+        match self {
+            Mountable::Device(device) => device.dressed_mount(def, means),
+            Mountable::Share(share) => share.mount(def.uuid, means),
+        }
+    }
+
+    fn is_of(&self, line: &Line) -> bool {
+        match self {
+            Mountable::Device(device) => device.is_of(line),
+            Mountable::Share(share) => share.is_of(line),
+        }
+    }
+
+    /// Whether that folder of its file system is all that was asked for.
+    fn is_whole(&self, root: &Path) -> bool {
+        let is_below = |share: &Share| share.folder_within().is_some_and(|within| root == within);
+        root == Path::new("/") || matches!(self, Mountable::Share(share) if is_below(share))
+    }
+
+    /// Whether its file system is what that path leads to, as a folder of it that is held. Error: that cannot be told.
+    fn is_at(&self, folder: &PoolFolder, path: &Path) -> io::Result<bool> {
+        Ok(folder.has_path(path)? && matches!(self.mounted_on(folder)?, OnFolder::PoolsOwn | OnFolder::Unfit(_)))
+    }
+
+    /// What is mounted where that folder is.
+    fn mounted_on(&self, folder: &PoolFolder) -> io::Result<OnFolder> {
+        let id = statx(folder, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id;
+        // A mount that is not in the table was unmounted, and is held still.
+        let Some(line) = lines(&table()?).find(|line| line.id == id && line.at == folder.real()) else {
+            return Ok(OnFolder::Nothing);
+        };
+        Ok(match (self.is_of(&line), line.lacks(self.is_whole(&line.root))) {
+            (true, None) => OnFolder::PoolsOwn,
+            (true, Some(how)) => OnFolder::Unfit(how),
+            (false, _) => OnFolder::Other(line.source.display().to_string()),
+        })
     }
 }
 
@@ -342,6 +394,24 @@ impl Device {
         file_system(kind, &parameters, hold)
     }
 
+    /// The same of the type that a pool's definition names, or else of what is on it. One in which nothing is yet is as the definition says.
+    fn dressed_mount(&self, def: &PoolDef, means: &Means<'_>) -> Result<OwnedFd, DriverError> {
+        let source = self.real();
+        let kind = match said_type(def) {
+            Some(kind) => kind.to_owned(),
+            None => self.type_on_it(source, &(means.images)()?)?,
+        };
+        let cannot = |e: io::Error| DriverError::Storage(format!("cannot mount {} as {kind}: {e}", source.display()));
+        let mount = self.mount(&kind).map_err(cannot)?;
+        // Who made it may have been killed before it was given these.
+        if is_blank(&mount).map_err(cannot)? {
+            let root = mount.try_clone().and_then(|mount| Found::of(mount, source.to_owned())?.folder());
+            let dressed = root.and_then(|root| dress(&root, def));
+            dressed.map_err(|e| failed("set the owner and mode of what is on", source, &e))?;
+        }
+        Ok(mount)
+    }
+
     /// What type of file system is on it. Error: none, or none that is mounted here.
     fn type_on_it(&self, path: &Path, images: &Images) -> Result<String, DriverError> {
         let file = self.shared().map_err(|e| failed("read", path, &e))?;
@@ -363,43 +433,11 @@ impl Device {
         }
     }
 
-    /// Whether its file system is what that path leads to, as a folder of it that is held. Error: that cannot be told.
-    fn is_at(&self, folder: &PoolFolder, path: &Path) -> io::Result<bool> {
-        Ok(folder.has_path(path)? && matches!(self.mounted_on(folder)?, OnFolder::PoolsOwn | OnFolder::Unfit(_)))
-    }
-
-    /// What is mounted where that folder is.
-    fn mounted_on(&self, folder: &PoolFolder) -> io::Result<OnFolder> {
-        let id = statx(folder, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id;
-        // A mount that is not in the table was unmounted, and is held still.
-        let Some(line) = lines(&table()?).find(|line| line.id == id && line.at == folder.real()) else {
-            return Ok(OnFolder::Nothing);
-        };
-        Ok(match (self.is_of(&line), line.lacks()) {
-            (true, None) => OnFolder::PoolsOwn,
-            (true, Some(how)) => OnFolder::Unfit(how),
-            (false, _) => OnFolder::Other(line.source.display().to_string()),
-        })
-    }
-
     /// Whether a line of the table is of the file system on it.
     fn is_of(&self, line: &Line) -> bool {
         let (major, minor) = line.device;
         // Some file systems have a number of their own for each part, and say from which device they come.
         rustix::fs::makedev(major, minor) == self.number() || number_below_dev(&line.source) == Some(self.number())
-    }
-}
-
-impl Line {
-    /// In what it is not as a pool's file system is mounted here.
-    fn lacks(&self) -> Option<String> {
-        let missing: Vec<&str> =
-            FLAGS.into_iter().filter(|flag| !self.options.split(',').any(|one| one == *flag)).collect();
-        match (self.root == Path::new("/"), &*missing) {
-            (false, _) => Some(format!("from its folder {}, and not whole", self.root.display())),
-            (true, []) => None,
-            (true, missing) => Some(format!("without {}", missing.join(", "))),
-        }
     }
 }
 
@@ -447,50 +485,9 @@ fn take_away_in_time(path: &Path, stop: &Stop) -> Result<(), DriverError> {
     }
 }
 
-fn take_away(path: &Path, how: UnmountFlags) -> io::Result<()> {
+pub(super) fn take_away(path: &Path, how: UnmountFlags) -> io::Result<()> {
     let place = Place::resolve(path, true)?;
     Ok(unmount(through(place.folder_fd()).join(place.name()), how | UnmountFlags::NOFOLLOW)?)
-}
-
-fn table() -> io::Result<Vec<u8>> {
-    fs::read(TABLE)
-}
-
-/// The lines of the table, without those that cannot be read: nobody's mount keeps others from being found.
-fn lines(table: &[u8]) -> impl Iterator<Item = Line> {
-    table.split(|byte| *byte == b'\n').filter_map(read)
-}
-
-/// `36 35 98:0 /root /mnt opts shared:1 - ext4 /dev/sda1 rw`
-fn read(line: &[u8]) -> Option<Line> {
-    let mut words = line.split(|byte| *byte == b' ');
-    let mut word = || words.next();
-    let text = |word: &[u8]| Some(std::str::from_utf8(word).ok()?.to_owned());
-    let id = text(word()?)?.parse().ok()?;
-    word()?;
-    let device = text(word()?)?;
-    let (major, minor) = device.split_once(':')?;
-    let (root, at, options) = (plain(word()?), plain(word()?), text(word()?)?);
-    while word()? != b"-" {}
-    word()?;
-    let source = plain(word()?);
-    Some(Line { id, device: (major.parse().ok()?, minor.parse().ok()?), root, at, options, source })
-}
-
-/// Blanks are told by their numbers there, each of three digits.
-fn plain(mut word: &[u8]) -> PathBuf {
-    let mut plain = Vec::new();
-    while let [first, rest @ ..] = word {
-        let number = match rest {
-            [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', ..] if *first == b'\\' => {
-                Some((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'))
-            }
-            _ => None,
-        };
-        plain.push(number.unwrap_or(*first));
-        word = if number.is_some() { &rest[3..] } else { rest };
-    }
-    OsString::from_vec(plain).into()
 }
 
 #[cfg(test)]
@@ -498,7 +495,6 @@ mod tests {
     use super::*;
     use crate::host::lender::Lender;
     use crate::storage::{HostStorage, ToolRights};
-    use std::os::unix::ffi::OsStrExt as _;
     use virt_model::driver::storage::Storage as _;
 
     #[test]
@@ -554,29 +550,5 @@ mod tests {
         for other in [&*out_and_in, name, "/dev/null", "/dev/shm/x", "/dev/stdin", "/dev", ""] {
             assert_eq!(number_below_dev(Path::new(other)), None, "{other}");
         }
-    }
-
-    #[test]
-    fn the_kernels_table_is_read() {
-        let table = b"36 35 98:0 / /mnt/a\\040b rw,nosuid shared:1 - ext4 /dev/loop0 rw\n\
-            37 35 0:50 / /home/u/\xff rw - fuse.x \xfe rw\n\
-            none of these\n\
-            38 35 98:1 /sub\\134 /mnt/c rw,nosuid,nodev,noexec,relatime - ext4 /dev/loop1 rw\n";
-        let lines: Vec<Line> = lines(table).collect();
-        let wanted = Line {
-            id: 36,
-            device: (98, 0),
-            root: "/".into(),
-            at: "/mnt/a b".into(),
-            options: "rw,nosuid".to_owned(),
-            source: "/dev/loop0".into(),
-        };
-        assert_eq!((lines.len(), &lines[0]), (3, &wanted));
-        assert_eq!(lines[1].at.as_os_str().as_bytes(), b"/home/u/\xff");
-        assert_eq!(lines[0].lacks().unwrap(), "without nodev, noexec");
-        assert_eq!(lines[2].lacks().unwrap(), "from its folder /sub\\, and not whole");
-        let whole = Line { root: "/".into(), options: lines[2].options.clone(), ..wanted };
-        assert_eq!(whole.lacks(), None);
-        assert_eq!(read(b"36 35 98:0"), None);
     }
 }

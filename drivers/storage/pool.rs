@@ -4,8 +4,8 @@ use super::draft::Draft;
 use super::fill::{self, Pace};
 use super::folder::Beneath;
 use super::held::HeldFolder;
-use super::mounts::{self, Device};
-use super::{Secrets, ToolRights, failed, look, serve, watch};
+use super::mounts::{self, Mountable};
+use super::{Secrets, ToolRights, failed, look, serve, share, watch};
 use crate::host::image::{Images, LentFromAfar};
 use crate::host::lock;
 use crate::host::nbd::Export;
@@ -35,7 +35,7 @@ pub struct FolderPool {
     pub(super) real: PathBuf,
     pub(super) folder: HeldFolder,
     /// What is mounted there, if the folder is that of a file system of its own.
-    pub(super) device: Option<Arc<Device>>,
+    pub(super) mounted: Option<Arc<Mountable>>,
     /// It was mounted when the pool was opened, and not before.
     pub(super) made_mount: bool,
     /// What can be done with it.
@@ -173,7 +173,7 @@ impl OpenPool for FolderPool {
     }
 
     async fn follow(&self) -> Result<Option<mpsc::Receiver<PoolChange>>, DriverError> {
-        let (folder, path, mounted) = (self.folder.get()?, self.path.clone(), self.device.is_some());
+        let (folder, path, mounted) = (self.folder.get()?, self.path.clone(), self.mounted.is_some());
         let begin = move |_: &Arc<Stop>| {
             let begun = watch::begin(&folder).and_then(|(tell, told)| {
                 let mounts = mounted.then(watch::mounts).transpose()?;
@@ -182,14 +182,14 @@ impl OpenPool for FolderPool {
             begun.map_err(|e| failed("watch", &path, &e))
         };
         let (told, mounts) = self.workers.run(self.errand(""), begin).await?;
-        if let Some((device, (tell, mounts))) = self.device.clone().zip(mounts) {
+        if let Some((mountable, (tell, mounts))) = self.mounted.clone().zip(mounts) {
             let (workers, errand) = (self.workers.clone(), self.errand(""));
             tokio::spawn(mounts::tell_lost(
                 mounts,
                 tell,
                 workers,
                 errand,
-                device,
+                mountable,
                 self.path.clone(),
                 self.folder.clone(),
             ));
@@ -372,9 +372,13 @@ impl OpenPool for FolderPool {
 
     async fn close(&self) -> Result<(), DriverError> {
         // A folder was not made usable, but found so.
-        let Some(device) = self.device.clone() else { return Ok(()) };
+        let Some(mountable) = self.mounted.clone() else { return Ok(()) };
         let (folder, path) = (self.folder.clone(), self.path.clone());
-        let close = move |stop: &Arc<Stop>| mounts::close(&device, &folder, &path, stop);
+        let (runtime, pool) = (self.runtime.clone(), self.pool);
+        let close = move |stop: &Arc<Stop>| {
+            share::clear_aside(&runtime, pool);
+            mounts::close(&mountable, &folder, &path, stop)
+        };
         self.workers.run(Errand { limit: mounts::PATIENCE, ..self.errand("") }, close).await
     }
 }

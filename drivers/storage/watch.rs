@@ -4,7 +4,7 @@
 //! fit; then all is told to have changed.
 
 use super::folder::PoolFolder;
-use super::mounts::TABLE;
+use super::mount_table::TABLE;
 use crate::host::acl::through;
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags};
 use rustix::fs::{Mode, OFlags};

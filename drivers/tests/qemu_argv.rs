@@ -332,6 +332,23 @@ const REFUSED: &[(&str, &[(&str, &str)])] = &[
                 "only virtio disks have a model",
             ),
             (
+                "<disk type='file'><driver type='qcow2'/><source file='/x'/><target dev='vda'/><backingStore type='volume'>\
+                 <source pool='p' volume='v'/><backingStore type='file'><format type='raw'/><source file='relative'/>\
+                 </backingStore></backingStore></disk>",
+                "the path must be absolute",
+            ),
+            (
+                "<disk type='file'><driver type='qcow2'/><source file='/x'/><target dev='vda'/><backingStore type='volume'>\
+                 <source pool='p' volume='v'/><backingStore type='file'><source file='/y'/></backingStore></backingStore></disk>",
+                "a layer needs a <format>",
+            ),
+            (
+                "<disk type='file'><driver type='qcow2'/><source file='/x'/><target dev='vda'/><backingStore type='volume'>\
+                 <format type='raw'/><source pool='p' volume='v'/><backingStore type='file'><format type='raw'/>\
+                 <source file='/y'/></backingStore></backingStore></disk>",
+                "an image of format 'raw' does not stand on another",
+            ),
+            (
                 "<disk type='file'><source file='/x'/><target dev='vda' dpofua='on'/></disk>",
                 "only scsi disks have dpofua",
             ),

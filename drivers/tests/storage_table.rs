@@ -6,7 +6,6 @@ use std::sync::Arc;
 use virt_drivers::host::lender::Lender;
 use virt_drivers::storage::HostStorage;
 use virt_drivers::storage::table::{Standing, refused_of_pool, refused_of_volume, standing};
-use virt_model::driver::storage::Storage;
 use virt_model::storage::pool::PoolDef;
 use virt_model::storage::volume::VolumeDef;
 use virt_model::storage::{DOCUMENTS, vocabulary};
@@ -24,9 +23,35 @@ test holds it to it. An element in brackets stands for itself and all below it.
 Pools of type `fs` are file systems of this host, which root's virtd alone mounts, that of the system bus: on a session bus they are
 kept and shown. They have one `<device>`; `<format type='auto'/>`, or none, is what is on it.
 
+Pools of type `netfs` are folders that other hosts share, mounted by root's virtd, too. They have one `<host>`, without a port, and a
+`<dir>`, which is a path of the host's or, for `cifs`, a share and folders below it. `<format type='auto'/>`, or none, is NFS; `glusterfs`
+is refused. `<protocol ver='…'/>` is the version that is asked for, or else the tool chooses one. A server of `cifs` is told a name
+and a password where there is an `<auth type='chap' username='…'>` with a `<secret uuid='…'/>`, and nobody's else. `nfs` needs `mount.nfs`
+(Debian has it in `nfs-common`), `cifs` needs `mount.cifs` (`cifs-utils`); virtd looks for both when it starts.
+
+virtd's pools of type `nfs` are mounted from real servers in its tests. Those of `cifs` never were: only what `mount.cifs` is told is
+tested. They are mounted with `nobrl`, so that locks of images are this host's alone: see to it yourself that no other host has a
+machine on the same image. A `cifs` folder's name has no comma and no blanks at its ends, a user's name no `,` `%` `/` or backslash.
+
+They are mounted `hard`, which nothing changes: what reads or writes waits for a server that is away, as long as it takes, and so does
+a guest; no write that it was told of is lost, and no error reaches its file system. (With `soft` it would be told of errors after
+some minutes, and what it had written could be lost.) virtd's own looks at such a pool have a time limit, and other pools go on;
+`Refresh` of a pool that does not answer fails, and the pool is `inaccessible` from then on. A server that will not come back is given up by hand, with `umount -f -l` on the folder. Who wants
+other options mounts the folder by other means, and defines a pool of type `dir` on it.
+
+virtd makes volumes as root, with the owner that their documents say: a server that takes root for nobody (`root_squash`, which
+NFS does unasked) refuses that, and with it all volumes. What other hosts do there is not told: `Refresh` looks. What virtd noted of a
+volume (its owner, format and secret) is noted of the file: by its number and birth, or on NFS, where that is not told, its handle.
+Where neither is told it is forgotten when the file is found to be gone, so that no new file with its number inherits it; one that
+another host put in its place meanwhile, before virtd looked, would.
+
+No volume is called `.virt-new-…`, or `.nfs` and 24 hexadecimal digits, which is what NFS calls a file that was removed while it is
+open: such files are not listed, in pools of no type.
+
 Pools of type `logical` are volume groups of LVM, which root's virtd alone activates. Their `<name>` in `<source>`, or else that of the
 pool, is the group's; `<device>`s are what it is made of, once; `<target>` says nothing that is not so already, and its
 `<permissions>` ask for nothing: whose devices are udev says. A volume has a name and a capacity there, and its type is `block`.
+Its name and its group's have at most 126 bytes together, each `-` counted twice. It is resized while no guest has it.
 ";
 
 /// The types of pool.
@@ -35,7 +60,7 @@ fn types() -> String {
     let mut page =
         "\n## Types of pool\n\n| type | is started | formats that are made | comes from |\n|---|---|---|---|\n"
             .to_owned();
-    for ability in storage.kinds() {
+    for ability in storage.kinds_with_tools() {
         let list = |words: &[&str]| words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(" ");
         let started = if ability.lacks.is_none() { "yes" } else { "no: kept and shown" };
         let (formats, sources) = (list(ability.volume_formats), list(ability.source_formats));

@@ -289,19 +289,21 @@ impl Domain {
         stored: Option<(String, Arc<StoredDef>)>,
         update: Update,
     ) -> Result<()> {
-        if let Some(live) = &live {
-            self.keep_live(live).await?;
-        }
-        if let Some((name, stored)) = &stored
-            && let Err(e) = self.store(stored.clone(), name).await
-        {
-            if let (Some(_), Some(before)) = (&live, self.live()) {
+        let kept = async {
+            if let Some(live) = &live {
+                self.keep_live(live).await?;
+            }
+            let Some((name, stored)) = &stored else { return Ok(()) };
+            let put = self.store(stored.clone(), name).await;
+            if let (Err(_), Some(_), Some(before)) = (&put, &live, self.live()) {
                 self.keep_live(&before).await.unwrap_or_else(|e| tracing::warn!(uuid = %self.uuid, "{e}"));
             }
-            return Err(e);
-        }
+            put
+        };
+        let will_be = stored.as_ref().map(|(_, stored)| stored.clone());
+        let (kept, compared) = tokio::join!(kept, self.compared(live.clone(), will_be));
+        kept?;
         let stored = stored.map(|(_, stored)| stored);
-        let compared = self.compared(live.clone(), stored.clone()).await;
         self.all_told().await.commit(|state| {
             state.will_have(compared);
             let events = state.edited(live, stored);

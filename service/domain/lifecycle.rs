@@ -275,7 +275,10 @@ impl Domain {
         let mut live = running.live;
         Arc::make_mut(&mut live).id = Some(id);
         let (file, text) = (status.clone(), live.write(Form::LIVE));
-        let kept = on_disk(move || Ok(file.started(text))).await;
+        let kept = match file.started_as_said(&text) {
+            Some(since_usec) => Ok((since_usec, Ok(()))),
+            None => on_disk(move || Ok(file.started(text))).await,
+        };
         let (since_usec, kept) = kept.unwrap_or_else(|e| (now_usec(), Err(e)));
         if let Err(e) = kept {
             tracing::warn!(uuid = %self.uuid, "{e}; after a restart of virtd its terminals and ports will be missing in GetXML");

@@ -380,13 +380,17 @@ fn file_of(disk: &Disk, name: &str, gone: &BTreeSet<&Path>) -> Result<Option<Pat
     if disk.shareable {
         return Err(format!("disk '{target}' is shared with other machines: leave it out"));
     }
-    if let Some((pool, volume)) = disk.volume() {
-        return Err(format!("disk '{target}' is volume '{volume}' of pool '{pool}': delete it there"));
+    let named = disk.chain().find(|layer| layer.path == Some(name)).and_then(|layer| layer.volume);
+    if let Some((pool, volume)) = disk.volume().or(named) {
+        let what = if disk.volume().is_some() { "is" } else { "stands on" };
+        return Err(format!("disk '{target}' {what} volume '{volume}' of pool '{pool}': delete it there"));
     }
     if disk.kind() != DiskKind::File {
         return Err(format!("disk '{target}' is no file but type='{}': remove it where it is kept", disk.kind()));
     }
-    let files = disk.files();
+    // Volumes among them are their pools'.
+    let own = disk.chain().filter(|layer| layer.volume.is_none());
+    let files: Vec<PathBuf> = own.filter_map(|layer| layer.path.map(PathBuf::from)).collect();
     let named = files.iter().find(|file| *file == Path::new(name));
     let left = |file: &&PathBuf| !gone.contains(file.as_path());
     Ok(match named {

@@ -137,9 +137,13 @@ pub(super) fn is_written(disk: &Disk) -> bool {
 pub(crate) fn images_of(def: &DomainDef) -> impl Iterator<Item = DiskImages> {
     let disks = def.devices.disks.iter();
     let images = disks.map(|disk| {
-        // Of a volume whose place is not said its name stands for it.
-        let named = disk.volume().filter(|_| disk.path().is_none()).map(|(pool, volume)| by_name(pool, volume));
-        let files = named.into_iter().chain(disk.files()).collect();
+        let files = disk.chain().filter_map(|layer| match (layer.path, layer.volume) {
+            (Some(path), _) => Some(path.into()),
+            // Of a volume whose place is not said its name stands for it.
+            (None, Some((pool, volume))) => Some(by_name(pool, volume)),
+            (None, None) => None,
+        });
+        let files = files.collect();
         DiskImages { target: (*disk.target.dev).into(), files }
     });
     images.filter(|disk| !disk.files.is_empty())

@@ -496,7 +496,8 @@ pub trait Instance: Any + Send + Sync {
         Err(DriverError::Unsupported("this driver does not speak to guest agents".to_owned()))
     }
 
-    /// What the host's neighbours tell of the addresses of its cards, whose live definition is `live`.
+    /// What the neighbours, those of the host or of the user's own network, tell of the addresses of its cards, whose live
+    /// definition is `live`.
     async fn neighbours(&self, _live: &DomainDef) -> Result<Vec<agent::CardAddresses>, DriverError> {
         Ok(Vec::new())
     }

@@ -2,11 +2,14 @@
 
 use crate::device::source::{Auth, Protocol, SecretKind, SecretRef};
 use crate::domain::DomainDef;
+use crate::domain::format::Format;
 use crate::domain::part::{Part as _, element};
 use crate::domain::value::choices;
-use crate::snapshot::unknown;
 use crate::xml::{self, Finding, Limits};
+use std::sync::LazyLock;
 use uuid::Uuid;
+
+static FORMAT: LazyLock<Format> = LazyLock::new(|| Format::read(include_str!("secret.txt")));
 
 /// The longest text that says what a secret is for, in bytes.
 const LONGEST_USAGE: usize = 1024;
@@ -53,9 +56,14 @@ impl SecretUsage {
     }
 }
 
+/// Every element of the format with its attributes, as [`crate::domain::vocabulary`] has it for machines.
+pub fn vocabulary() -> Vec<(String, Vec<String>)> {
+    FORMAT.vocabulary("secret")
+}
+
 impl UsageKind {
     /// The child of `<usage>` that says what a secret of this kind is for.
-    fn element(self) -> Option<&'static str> {
+    pub fn element(self) -> Option<&'static str> {
         match self {
             UsageKind::None => None,
             UsageKind::Volume => Some("volume"),
@@ -66,21 +74,18 @@ impl UsageKind {
 }
 
 impl SecretDef {
-    /// Reads a document; everything wrong is reported at once. Elements and attributes that are not known are refused. One without
-    /// a uuid is given one.
+    /// Reads a document; everything wrong is reported at once. What the format does not know is refused. One without a uuid is
+    /// given one.
     pub fn parse(text: &str) -> Result<SecretDef, Vec<Finding>> {
-        let root = xml::read_within(text, &[], Limits::ACCEPTED).map_err(|finding| vec![finding])?;
+        let mut root = xml::read_within(text, &[], Limits::ACCEPTED).map_err(|finding| vec![finding])?;
         if root.name != "secret" {
             let message = format!("the root is <{}>, and a secret's is <secret>", root.name);
             return Err(vec![Finding::invalid(&root.at, message)]);
         }
         let mut log = Vec::new();
+        FORMAT.check_root(&mut root, "secret", &mut log);
         let mut def = SecretDef::read(root, &mut log);
-        unknown("secret", &def.rest, &mut log);
-        if let Some(usage) = &def.usage {
-            unknown("secret", &usage.rest, &mut log);
-            check_usage(usage, &mut log);
-        }
+        def.usage.iter().for_each(|usage| check_usage(usage, &mut log));
         if def.uuid.is_nil() {
             def.uuid = Uuid::new_v4();
         }
@@ -271,10 +276,17 @@ mod tests {
     fn what_is_not_understood_is_refused_where_it_stands() {
         for (text, line, words) in [
             ("<domain/>", 1, "a secret's is <secret>"),
-            ("<secret>\n<value>x</value></secret>", 2, "<value> is no element"),
-            ("<secret\nlength='5'/>", 2, "'length' is no attribute"),
+            ("<secret>\n<value>x</value></secret>", 2, "unknown element <value>"),
+            ("<secret\nlength='5'/>", 2, "unknown attribute 'length'"),
             ("<secret>\n<uuid>x</uuid></secret>", 2, "UUID"),
             ("<secret ephemeral='maybe'/>", 1, "yes"),
+            ("<secret>\nhush</secret>", 1, "<secret> has no text"),
+            ("<secret>\n<usage type='tls'>hush<name>a</name></usage></secret>", 2, "<usage> has no text"),
+            (
+                "<secret>\n<description>a</description>\n<description>b</description></secret>",
+                3,
+                "a second <description>",
+            ),
             ("<secret>\n<usage type='disk'/></secret>", 2, "one of none, volume, ceph"),
             ("<secret>\n<usage type='volume'/></secret>", 2, "needs <volume>"),
             ("<secret>\n<usage type='ceph'>\n<target>x</target></usage></secret>", 2, "needs <name>"),

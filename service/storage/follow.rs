@@ -93,6 +93,9 @@ impl Pool {
         // First it is listened, then looked: what changes in between is told.
         let changes = open.follow().await.map_err(|e| self.failed("start", e))?;
         self.look_at_all().await?;
+        // No volume of it is being made yet.
+        let lost = lock(&self.state).noted.keys().copied().collect();
+        self.forget_lost(lost).await?;
         if let Some(changes) = changes {
             let ends = CancellationToken::new();
             lock(&self.state).follows = Some(ends.clone().drop_guard());
@@ -112,13 +115,13 @@ impl Pool {
         let there: BTreeSet<Arc<str>> = survey.volumes.iter().map(|look| (*look.name).into()).collect();
         let gone: Vec<Arc<str>> =
             lock(&self.state).volumes.keys().filter(|name| !there.contains(*name)).cloned().collect();
-        self.take_in(survey.volumes, gone, |state| {
+        let lost = self.take_in(survey.volumes, gone, |state| {
             (state.room, state.unnameable, state.refreshed_usec) = (survey.room, survey.unnameable, now_usec());
             let there: HashSet<FileId> = state.volumes.values().map(|row| row.look.id).collect();
             let gone = state.noted.iter_mut().filter(|(id, _)| !there.contains(*id));
             gone.for_each(|(_, noted)| noted.stands = None);
         });
-        Ok(())
+        self.forget_lost(lost).await
     }
 
     /// Looks at some volumes, which may have come, changed or gone.
@@ -128,20 +131,28 @@ impl Pool {
         let room = open.room().await.map_err(|e| self.failed("read", e))?;
         let gone = names.into_iter().filter(|name| !looks.iter().any(|look| look.name == *name));
         let gone = gone.map(|name| (*name).into()).collect();
-        self.take_in(looks, gone, |state| state.room = room);
-        Ok(())
+        let lost = self.take_in(looks, gone, |state| state.room = room);
+        self.forget_lost(lost).await
     }
 
-    /// Volumes are so, and these are gone.
-    fn take_in(self: &Arc<Self>, looks: Vec<VolumeLook>, gone: Vec<Arc<str>>, change: impl FnOnce(&mut State)) {
+    /// Volumes are so, and these are gone. The files are told that had one of these names before.
+    fn take_in(
+        self: &Arc<Self>,
+        looks: Vec<VolumeLook>,
+        gone: Vec<Arc<str>>,
+        change: impl FnOnce(&mut State),
+    ) -> Vec<FileId> {
         let touched: BTreeSet<Arc<str>> = looks.iter().map(|look| (*look.name).into()).chain(gone.clone()).collect();
         let names = touched.clone();
+        let mut had = Vec::new();
         self.commit_volumes(Vec::new(), touched, |state| {
+            had = names.iter().filter_map(|name| Some(state.volumes.get(name)?.look.id)).collect();
             gone.iter().for_each(|name| _ = state.volumes.remove(name));
             looks.into_iter().for_each(|look| state.enter(look));
             state.stand_no_more(&names);
             change(state);
         });
+        had
     }
 }
 

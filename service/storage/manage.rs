@@ -79,13 +79,17 @@ impl Service {
         let known = PoolKind::ALL.iter().find(|known| known.as_str() == kind).copied();
         let kind =
             known.ok_or_else(|| Error::InvalidArgument(format!("there is no type of pool '{}'", shorten(kind))))?;
-        if matches!(kind, PoolKind::Fs | PoolKind::Logical) && !xml.is_empty() {
-            let text =
-                format!("a search for what pools of type '{kind}' could come from has no document: leave it empty");
-            return Err(Error::InvalidArgument(text));
-        }
-        let found = self.shared.host.storage.find_sources(kind).await.map_err(|error| match error {
+        let asked = match xml {
+            "" => None,
+            xml => {
+                let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
+                Some(seat.read(xml, PoolSource::parse).await.map_err(Error::ConfigInvalid)?)
+            }
+        };
+        let found = self.shared.host.storage.find_sources(kind, asked.as_ref()).await.map_err(|error| match error {
             DriverError::Unsupported(why) => Error::OperationUnsupported(why),
+            DriverError::Argument(why) => Error::InvalidArgument(why),
+            DriverError::Config(findings) => Error::ConfigInvalid(findings),
             error => Error::StorageFailed(error.to_string()),
         })?;
         let mut unused = Vec::new();
@@ -224,6 +228,7 @@ async fn store_new(
     fail_point::reached();
     let pool = enter(shared, pools, PoolSeed::of(def, note));
     pool.commit(vec![("defined", "added")], |_| {});
+    pool.tell_needs();
     Ok(pool)
 }
 

@@ -414,9 +414,9 @@ impl State {
         let mut problems = Vec::new();
         if self.phase == Phase::Inaccessible {
             let running = self.running();
-            let text = match (running.kind, running.mounted_device()) {
-                (_, Some(device)) => format!(
-                    "the file system of {device} is not mounted on its folder any more, or cannot be read: refresh the pool to \
+            let text = match (running.kind, running.mounted_source()) {
+                (_, Some(source)) => format!(
+                    "the file system of {source} is not mounted on its folder any more, or cannot be read: refresh the pool to \
                      have it there again, or stop the pool"
                 ),
                 (PoolKind::Logical, None) => format!(

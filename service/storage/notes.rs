@@ -1,17 +1,18 @@
 //! What is noted of a pool's files, beside its document: their formats, what they stand on, and what opens them.
 
-use super::Pool;
+use super::{Pool, State};
 use crate::error::Result;
 use crate::frames::Changeable as _;
 use crate::lock::lock;
-use crate::store::Folder;
+use crate::store::{Folder, on_disk};
 use crate::uses::{Need, Needed};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::driver::storage::{FileId, KnownFormats, VolumeLook};
 use virt_model::secret::SecretName;
+use virt_model::storage::pool::PoolKind;
 
 /// What is noted of files, beside a pool's document.
 pub(super) const NOTED: &str = "volumes";
@@ -86,6 +87,17 @@ impl Pool {
         })
     }
 
+    /// Forgets what is noted of those of these files that are gone, where another file could pass for one: on a share whose server does
+    /// not say when a file was born a new one has the number of one that was removed, and would have its owner, format and secret.
+    pub(super) async fn forget_lost(self: &Arc<Self>, files: Vec<FileId>) -> Result<()> {
+        let lost = lock(&self.state).lost(files);
+        if lost.is_empty() {
+            return Ok(());
+        }
+        let pool = self.clone();
+        on_disk(move || pool.save_noted(|all| all.retain(|id, _| !lost.contains(id)))).await
+    }
+
     /// Changes what is noted of files. Blocks.
     pub(super) fn save_noted(&self, change: impl FnOnce(&mut HashMap<FileId, Noted>)) -> Result<()> {
         let _writing = lock(&self.notes);
@@ -109,7 +121,7 @@ impl Pool {
         Some((noted.map_or(look.permissions.0, |noted| noted.owner), noted.and_then(|noted| noted.secret.clone())))
     }
 
-    /// Says which secrets open its volumes, active or not.
+    /// Says which secrets open its volumes, active or not, and which one lets it come to its server.
     pub(super) fn tell_needs(&self) {
         let _writing = lock(&self.notes);
         self.tell_noted_needs();
@@ -120,8 +132,22 @@ impl Pool {
         let needs: Vec<Need> = {
             let state = lock(&self.state);
             let noted = state.noted.values().filter(|_| !state.gone);
-            noted.filter_map(|noted| noted.secret.as_ref()).map(NotedSecret::need).collect()
+            let own = state.def.secret().filter(|_| state.persistent && !state.gone);
+            let own = own.map(|uuid| Need { what: Needed::Secret(SecretName::Uuid(uuid)), place: "".into() });
+            noted.filter_map(|noted| noted.secret.as_ref()).map(NotedSecret::need).chain(own).collect()
         };
         self.shared.uses.are(self.reference(), &[], &needs);
+    }
+}
+
+impl State {
+    /// Those of these files that are gone, something is noted of, and another file could pass for.
+    fn lost(&self, files: Vec<FileId>) -> HashSet<FileId> {
+        if self.live.as_ref().is_none_or(|live| live.kind != PoolKind::Netfs) {
+            return HashSet::new();
+        }
+        let there: HashSet<FileId> = self.volumes.values().map(|row| row.look.id).collect();
+        let is_lost = |id: &FileId| id.born == 0 && !there.contains(id) && self.noted.contains_key(id);
+        files.into_iter().filter(is_lost).collect()
     }
 }

@@ -142,20 +142,28 @@ impl StatusFile {
         lock(&self.kept).as_ref().and_then(|kept| kept.status.adjusting.clone())
     }
 
-    /// The guest is up, and runs as `live`: gives since when, in µs since 1970. Writes that only where the driver's last
-    /// record was not written with the same configuration; on failure the file is as before, and the time is now.
+    /// The guest is up, and runs as `live`: gives since when, in µs since 1970. Writes that only where it is not
+    /// [kept](StatusFile::started_as_said) yet; on failure the file is as before, and the time is now.
     pub fn started(&self, live: String) -> (u64, Result<()>) {
-        let since_usec = {
-            let mut kept = lock(&self.kept);
-            let Some(kept) = kept.as_mut() else { return (now_usec(), Ok(())) };
-            let said = kept.start.take().flatten();
-            if said.is_some() && kept.status.record.is_some() && kept.status.live == live {
-                return (kept.status.since_usec, Ok(()));
-            }
-            now_usec()
-        };
-        let written = self.update(|status| (status.live, status.since_usec) = (live, since_usec));
-        (since_usec, written)
+        if let Some(since_usec) = self.started_as_said(&live) {
+            return (since_usec, Ok(()));
+        }
+        // What a driver records from now on has nothing to do with the start.
+        lock(&self.kept).iter_mut().for_each(|kept| kept.start = None);
+        let since_usec = now_usec();
+        (since_usec, self.update(|status| (status.live, status.since_usec) = (live, since_usec)))
+    }
+
+    /// The same where the driver's last record was written with that configuration: gives nothing where it was not, or is just
+    /// being written. Waits for nothing.
+    pub fn started_as_said(&self, live: &str) -> Option<u64> {
+        let mut kept = self.kept.try_lock().ok()?;
+        let kept = kept.as_mut()?;
+        let is_kept = kept.start.as_ref()?.is_some() && kept.status.record.is_some() && kept.status.live == live;
+        is_kept.then(|| {
+            kept.start = None;
+            kept.status.since_usec
+        })
     }
 
     fn write(&self, change: impl FnOnce(&mut Kept) -> Result<()>) -> Result<()> {

@@ -223,6 +223,11 @@ impl Daemon {
         };
         command.arg(format!("--{}", self.kind)).arg("--root").arg(self.root()).args(arguments);
         command.env("VIRTD_AT_STEP", self.step_plan());
+        // What a test puts there is found before the host's own tools.
+        let tools = self.folder.path().join("tools");
+        if tools.exists() {
+            command.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", tools.display()));
+        }
         if self.folder.path().join("journal").exists() {
             let stream = log.metadata().unwrap();
             command.env("JOURNAL_STREAM", format!("{}:{}", stream.dev(), stream.ino()));

@@ -34,6 +34,7 @@ mod storage_disks;
 mod storage_fs;
 mod storage_logical;
 mod storage_nbd;
+mod storage_netfs;
 mod storage_quotas;
 mod storage_volumes;
 mod stranger;

@@ -243,3 +243,43 @@ async fn a_machine_that_starts_with_the_host_has_its_pool() {
     assert_eq!(client.property::<String>(&images, POOL, "State").await, "running");
     assert_eq!(had.state().await.0, "shutoff", "it has had its turn");
 }
+
+/// What a machine's disk stands on is named as its disk is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_is_what_a_machines_disk_stands_on() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let (images, folder) = pool(&client, "images", &daemon.folder().join("images")).await;
+    let volume = add(&client, &images, "base.img", options([("format", "qcow2".into())])).await;
+    let base = format!("file='{}'", folder.join("base.img").display());
+    let overlay = |volume: &str| {
+        let below = format!("<backingStore type='volume'><source pool='images' volume='{volume}'/></backingStore>");
+        machine("web", "file='/nowhere/web.qcow2'")
+            .replace("type='volume'><source", &format!("type='file'><driver name='qemu' type='qcow2'/>{below}<source"))
+    };
+    let body = (overlay("gone"), options([]));
+    let reply = client.call("/org/virt", "org.virt.Manager.ValidateDomain", &body).await.expect("told");
+    let told: Vec<(String, u32, u32, String)> = reply.body().deserialize().expect("findings");
+    assert!(
+        told.iter().any(|(_, _, _, text)| text.contains("disk 'vda': pool 'images' has no volume 'gone'")),
+        "{told:?}"
+    );
+    let web = client.define(&overlay("gone")).await.expect("stored all the same");
+    refused(web.run("Start").await, "NoSuchVolume", "pool 'images' has no volume 'gone'");
+    web.run("Undefine").await.expect("undefined");
+
+    let web = client.define(&overlay("base.img")).await.expect("defined");
+    assert_eq!(users(&client, &volume, VOLUME).await, [user("config")]);
+    refused(does_volume(&client, &volume, "Delete").await, "InUse", "domain 'web' (vda, config)");
+    does(&client, &images, "Destroy", options([])).await.expect("stopped");
+    refused(web.run("Start").await, "OperationInvalid", "pool 'images' is inactive");
+    web.call("Start", &(options([("start-dependencies", true.into())]),)).await.expect("started, and its pool");
+    assert!(web.xml().await.contains(&base), "{}", web.xml().await);
+    assert!(!stored_xml(&web).await.contains(&base) && !web.property::<bool>("ConfigChanged").await);
+    let both = [user("config"), user("live")];
+    assert!(users(&client, &volume, VOLUME).await.iter().all(|user| both.contains(user)));
+    refused(does_volume(&client, &volume, "Wipe").await, "InUse", "domain 'web'");
+    web.run("Destroy").await.expect("stopped");
+    web.run("Undefine").await.expect("undefined");
+    does_volume(&client, &volume, "Delete").await.expect("nobody needs it");
+}

@@ -226,7 +226,7 @@ async fn devices_with_a_file_system_that_nobody_uses_are_found() {
         ("fs", "<source/>", "InvalidArgument"),
         ("vfs", "", "InvalidArgument"),
         ("dir", "", "OperationUnsupported"),
-        ("netfs", "", "OperationUnsupported"),
+        ("logical", "", "OperationUnsupported"),
     ] {
         let refused = find(kind, xml).await.expect_err(kind);
         assert!(refused.0.ends_with(wanted), "{kind}: {refused:?}");
@@ -234,7 +234,7 @@ async fn devices_with_a_file_system_that_nobody_uses_are_found() {
     let types: std::collections::HashMap<String, std::collections::HashMap<String, zbus::OwnedVariant>> =
         client.property("/org/virt", STORAGE, "PoolTypes").await;
     let says = |kind: &str| bool::try_from(types[kind]["find-sources"].try_clone().unwrap()).unwrap();
-    assert!(says("fs") && !says("dir") && !says("netfs"));
+    assert!(says("fs") && !says("dir") && !says("logical"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -31,6 +31,7 @@ mod saved_given;
 mod saved_managed;
 mod saved_unfinished;
 mod serial;
+mod shares;
 mod snapshots;
 mod snapshots_cpu;
 mod snapshots_cut_off;

@@ -121,7 +121,11 @@ pub async fn call(client: &Client, path: &str, method: &str, force: bool) -> Res
 }
 
 pub async fn leased(domain: &Domain) -> Vec<String> {
-    let answer = domain.call("GetInterfaceAddresses", &("lease", options([]))).await.expect("told");
+    addresses(domain, "lease").await
+}
+
+pub async fn addresses(domain: &Domain, source: &str) -> Vec<String> {
+    let answer = domain.call("GetInterfaceAddresses", &(source, options([]))).await.expect("told");
     type Card = (String, String, String, Vec<(String, u32)>);
     let cards: Vec<Card> = answer.body().deserialize().expect("a list");
     cards.into_iter().flat_map(|card| card.3).map(|(address, prefix)| format!("{address}/{prefix}")).collect()

@@ -5,7 +5,7 @@ use crate::common::client::{Client, Watch, lifecycle_of, options};
 use crate::common::guest::lin_files;
 use crate::common::users::{ADMIN, ALICE, BOB, OPERATOR, User};
 use crate::common::{Daemon, PATIENCE, have};
-use crate::networks::{World, all_well, call, ip, leased, says, xml};
+use crate::networks::{World, addresses, all_well, call, ip, leased, says, xml};
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -95,7 +95,11 @@ async fn n8_a_user_without_root_has_a_network_and_a_guest_in_it() {
     while leased(&guest).await.is_empty() {
         watch.next().await;
     }
-    assert!(leased(&guest).await[0].starts_with("10.77.0.5"));
+    let lease = leased(&guest).await.remove(0);
+    assert!(lease.starts_with("10.77.0.5"), "{lease}");
+    // It is no neighbour of the host's, but one in there, whose prefix is not known.
+    let (neighbour, known) = (lease.replace("/24", "/0"), addresses(&guest, "arp").await);
+    assert!(known.contains(&neighbour), "{neighbour}: {known:?}");
     let limits = options([("inbound-average", Variant::from(1001_u64))]);
     guest.call("SetInterfaceBandwidth", &("52:54:00:00:00:11", limits, options([]))).await.expect("limited");
     let stats: HashMap<String, OwnedVariant> =

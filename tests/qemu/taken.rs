@@ -1,9 +1,10 @@
-//! What a host needs a kernel of its own for: devices that are taken from its drivers and given back, and volume groups. The host is
-//! the Linux guest with an IOMMU, in which this program runs once more.
+//! What a host needs a kernel of its own for: devices that are taken from its drivers and given back, volume groups (`volume_group.rs`),
+//! and a folder of another host's that is mounted (`shares.rs`). The host is the Linux guest with an IOMMU, in which this program runs
+//! once more.
 
 use crate::common::guest::lin_files;
 use crate::common::have;
-use crate::volume_group;
+use crate::{shares, volume_group};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use std::fs;
 use std::io::Write as _;
@@ -31,18 +32,19 @@ export PATH=/bin:/sbin
 mount -t devtmpfs d /dev; mount -t proc p /proc; mount -t sysfs s /sys
 mkdir -p /run/lock
 for m in loop $(cat /lib/mod/carried); do insmod /lib/mod/$m.ko; done
-/sbin/test --exact taken::cards_macvtaps_and_volume_groups_live_by_a_real_kernel --nocapture
+/sbin/test --exact taken::what_few_kernels_can_is_done_by_a_real_one --nocapture
 poweroff -f
 ";
 
 #[tokio::test]
-async fn cards_macvtaps_and_volume_groups_live_by_a_real_kernel() {
+async fn what_few_kernels_can_is_done_by_a_real_one() {
     if fs::read_to_string("/proc/cmdline").is_ok_and(|line| line.contains(INSIDE)) {
         let devices = LinuxDevices::new(Claims::default(), true);
         let card = is_there(&devices).await;
         a_card_goes_to_vfio_and_comes_back(&devices, &card).await;
         a_macvtap_is_made_and_goes();
         volume_group::is_a_pool().await;
+        shares::a_folder_of_another_host_is_a_pool().await;
         return println!("{DONE}");
     }
     if !have(&["ip", "lvm", "strip", "timeout"]) {

@@ -238,7 +238,7 @@ async fn what_was_cut_off_is_as_before(storage: &HostStorage, def: &PoolDef, poo
     pool.close().await.expect("not active any more");
     assert!(!PathBuf::from("/dev/vg0").exists());
     drop(pool);
-    let found = storage.find_sources(PoolKind::Logical).await.expect("searched");
+    let found = storage.find_sources(PoolKind::Logical, None).await.expect("searched");
     assert_eq!(found.iter().map(|source| source.name.as_deref()).collect::<Vec<_>>(), [Some("vg0")]);
     storage.close(def).await.expect("it is not");
     let pool = storage.open(def, &*work()).await.expect("active again");
@@ -252,5 +252,5 @@ async fn what_was_cut_off_is_as_before(storage: &HostStorage, def: &PoolDef, poo
     pool.close().await.expect("not active any more");
     storage.delete(def, &*work()).await.expect("removed");
     storage.delete(def, &*work()).await.expect("it is gone");
-    assert_eq!(storage.find_sources(PoolKind::Logical).await.expect("searched").len(), 0);
+    assert_eq!(storage.find_sources(PoolKind::Logical, None).await.expect("searched").len(), 0);
 }

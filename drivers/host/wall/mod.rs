@@ -31,7 +31,7 @@ use std::sync::Arc;
 
 pub use build::{Ground, GroundToCome};
 pub use enter::{has_own_network, show};
-pub use sys::{Hold, file_system, put};
+pub use sys::{Hold, clone, file_system, put};
 pub use unprivileged::{PTMX, fork, obstacle, own_network, terminals};
 
 /// What there is within.

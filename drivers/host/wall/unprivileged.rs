@@ -13,11 +13,15 @@ use super::attach::{Origin, Root, Tree};
 use super::build::{self, explain};
 use super::{Maker, Wall};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::{SigSet, SigmaskHow};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{OwnedFd, RawFd};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::panic::AssertUnwindSafe;
+use std::ptr;
 use std::sync::OnceLock;
 
 /// The descriptor of the host's maker of terminals, an `O_PATH` one, which a process behind such a wall has: a node of its own
@@ -58,27 +62,93 @@ pub fn fork(wall: &Wall, work: impl FnOnce(io::Result<()>) -> Infallible) -> io:
     made
 }
 
-/// The maker's whole life, and that of its child.
+/// The maker's whole life.
 fn make(wall: &Wall, (said, mut say): (File, File), work: impl FnOnce(io::Result<()>) -> Infallible) -> ! {
     drop(said);
-    // SAFETY: this process has one thread; its child goes on with a copy of all that it has, and does not return from here.
-    let child = namespaces(wall).and_then(|()| {
-        match unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0) } {
-            -1 => Err(io::Error::last_os_error()),
-            child => Ok(child as i32),
-        }
-    });
-    let word = match child {
-        Ok(0) => {
-            drop(say);
-            match work(go_behind(wall)) {}
-        }
-        Ok(child) => [&[MADE][..], &child.to_ne_bytes()].concat(),
-        Err(why) => [&[FAILED][..], format!("{why:<4}").as_bytes()].concat(),
+    let why = match namespaces(wall) {
+        Ok(()) => hand_on(&mut say, || match work(go_behind(wall)) {}),
+        Err(why) => why,
     };
-    let _ = say.write_all(&word);
+    let _ = say.write_all(&[&[FAILED][..], format!("{why:<4}").as_bytes()].concat());
     // SAFETY: ends this process, and runs nothing of what its copy of us would have run at an end.
     unsafe { libc::_exit(0) }
+}
+
+/// Makes a child of the calling process' parent, which does `work`, says so, and ends the calling process, which has one thread: its
+/// memory is the child's, instead of a copy of it that would be made and thrown away. What `work` borrows stays as it is by that.
+/// Returns only where there is no child, and why.
+fn hand_on<W: FnOnce()>(say: &mut File, work: W) -> io::Error {
+    let end = say.as_raw_fd();
+    let work = Box::into_raw(Box::new(move || {
+        // SAFETY: the child has a table of its own, and this is the maker's to say.
+        unsafe { libc::close(end) };
+        work();
+    }));
+    let stack = match Stack::new() {
+        Ok(stack) => ManuallyDrop::new(stack),
+        Err(why) => return why,
+    };
+    let flags = libc::CLONE_VM | libc::CLONE_PARENT | libc::SIGCHLD;
+    // SAFETY: the stack is nobody else's, and the box is made for this process alone.
+    match unsafe { libc::clone(live_in(work), stack.top(), flags, work.cast()) } {
+        -1 => io::Error::last_os_error(),
+        child => {
+            // The memory is the child's: nothing of it is changed from here on.
+            let [a, b, c, d] = child.to_ne_bytes();
+            let _ = say.write_all(&[MADE, a, b, c, d]);
+            // SAFETY: as above.
+            unsafe { libc::_exit(0) }
+        }
+    }
+}
+
+/// What a process lives by that is made with `work`, a box that is its own.
+fn live_in<W: FnOnce()>(_work: *mut W) -> extern "C" fn(*mut libc::c_void) -> libc::c_int {
+    extern "C" fn live<W: FnOnce()>(work: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: it was made of a box, for this process alone.
+        let work = unsafe { Box::from_raw(work.cast::<W>()) };
+        let _ = std::panic::catch_unwind(AssertUnwindSafe(|| work()));
+        0
+    }
+    live::<W>
+}
+
+/// The stack of a process that has another's memory; beyond its end is nothing.
+struct Stack(*mut libc::c_void);
+
+impl Stack {
+    /// Bytes of it, and of what is beyond its end.
+    const SIZE: usize = 1 << 20;
+    const BEYOND: usize = 1 << 16;
+
+    fn new() -> io::Result<Stack> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_STACK | libc::MAP_NORESERVE;
+        // SAFETY: new memory, whose first part is then nobody's.
+        unsafe {
+            let all = Stack::BEYOND + Stack::SIZE;
+            let stack = match libc::mmap(ptr::null_mut(), all, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) {
+                libc::MAP_FAILED => return Err(io::Error::last_os_error()),
+                stack => Stack(stack),
+            };
+            match libc::mprotect(stack.0, Stack::BEYOND, libc::PROT_NONE) {
+                0 => Ok(stack),
+                _ => Err(io::Error::last_os_error()),
+            }
+        }
+    }
+
+    /// Where it begins: it grows down.
+    fn top(&self) -> *mut libc::c_void {
+        // SAFETY: the end of that memory.
+        unsafe { self.0.byte_add(Stack::BEYOND + Stack::SIZE) }
+    }
+}
+
+impl Drop for Stack {
+    fn drop(&mut self) {
+        // SAFETY: it is nobody's any more.
+        unsafe { libc::munmap(self.0, Stack::BEYOND + Stack::SIZE) };
+    }
 }
 
 /// Everything of its own but mounts, which need its first process.
@@ -153,12 +223,34 @@ pub fn show(user: &OwnedFd, mounts: &OwnedFd, files: &[LentFile]) -> io::Result<
         let root = Root(openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?);
         root.attach_new(&trees, files)
     };
-    // SAFETY: what the child does is said above; it never returns.
-    in_child(work, |work| match unsafe { libc::fork() } {
-        -1 => Err(io::Error::last_os_error()),
-        0 => match work(Ok(())) {},
-        child => Ok(child),
-    })
+    let mut shown = Err(io::Error::other("the process that was to show it failed"));
+    aside(|| shown = work())?;
+    shown
+}
+
+/// Runs `work` in a process of its own, in which the calling thread goes on as it were: with our memory and our descriptors, and
+/// with namespaces of its own. Nothing is copied for it, and none of our files is closed at its end, which is waited for.
+fn aside(work: impl FnOnce()) -> io::Result<()> {
+    let work = Box::into_raw(Box::new(move || {
+        // SAFETY: changes a property of this process, which ends with the thread that it goes on for.
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) };
+        work();
+    }));
+    let (stack, flags) = (Stack::new()?, libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_VFORK | libc::SIGCHLD);
+    // What is to be done on a signal is ours to do, not that process'.
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+    // SAFETY: the calling thread stands still until it has ended, and the stack and the box are its own.
+    let child = match unsafe { libc::clone(live_in(work), stack.top(), flags, work.cast()) } {
+        -1 => {
+            let why = io::Error::last_os_error();
+            // SAFETY: nobody else has it.
+            drop(unsafe { Box::from_raw(work) });
+            Err(why)
+        }
+        child => Ok(reap(child)),
+    };
+    before.thread_set_mask()?;
+    child
 }
 
 /// Runs `work` in a process that `fork` makes, unless that says why not, and waits for its end; gives what either failed with.

@@ -108,7 +108,7 @@ struct Place(Option<OwnNetwork>);
 
 impl Place {
     fn of(body: &Body, card: &Interface) -> Place {
-        Place(body.leavings.own_network.clone().filter(|_| card.kind == InterfaceKind::Network))
+        Place(OwnNetwork::of_card(body.leavings.own_network.as_ref(), card).cloned())
     }
 
     fn ask(own: &OwnNetwork, request: &Request) -> io::Result<Answer> {

@@ -28,6 +28,7 @@ use super::command;
 use super::complete::{Board, name_devices};
 use super::plan::Command;
 use std::path::Path;
+use std::sync::Arc;
 use virt_model::domain::{DomainDef, add_findings};
 use virt_model::xml::{Finding, FindingKind, Place, refusals};
 
@@ -42,10 +43,40 @@ pub fn checked_command(
     command
 }
 
+/// A definition that can run with these capabilities.
+pub struct Passed(DomainDef, Arc<Capabilities>);
+
+impl Passed {
+    /// Whether it is that very definition.
+    pub fn is(&self, def: &DomainDef) -> bool {
+        self.0 == *def
+    }
+
+    /// The command line of what it has become on its way to its start: ports, sockets and devices of the host's have been chosen
+    /// for it, of which nothing is refused. Error: what keeps it from being built.
+    pub fn command(&self, started: &DomainDef, place: &command::Place<'_>) -> Result<Command, Vec<Finding>> {
+        command::build(Checked::of(started), &self.1, place)
+    }
+}
+
+/// Looks at a definition as [`examine`] does. Error: what refuses it, `found` on the host among it.
+pub fn pass(
+    def: DomainDef,
+    started: &DomainDef,
+    caps: Arc<Capabilities>,
+    place: &command::Place<'_>,
+    found: Vec<Finding>,
+) -> Result<(Passed, Command), Vec<Finding>> {
+    let (mut findings, command) = examine(&def, started, &caps, place);
+    findings.extend(found);
+    refusals(findings)?;
+    Ok((Passed(def, caps), command?))
+}
+
 /// Everything that keeps `def` from running as it says, as [`check`] tells it, and the command line that was looked at for
 /// that: of `started`, which is the same with its USB devices found. Error of the second: what keeps it from being built;
 /// nothing where it was not built, because something is refused.
-pub fn examine(
+fn examine(
     def: &DomainDef,
     started: &DomainDef,
     caps: &Capabilities,

@@ -152,13 +152,8 @@ const REASONS: &[(&str, &[&str])] = &[
         &["devices/disk/source/@mode", "devices/disk/backingStore/source/@mode"],
     ),
     (
-        "only the disk itself is named as a volume: give the path with type='file' or 'block'",
-        &[
-            "devices/disk/backingStore/source/@pool",
-            "devices/disk/backingStore/source/@volume",
-            "devices/filesystem/source/@pool",
-            "devices/filesystem/source/@volume",
-        ],
+        "only disks, and what they stand on, are named as volumes: give the path",
+        &["devices/filesystem/source/@pool", "devices/filesystem/source/@volume"],
     ),
     (
         "is for making images: an image that is there says itself how it is encrypted",

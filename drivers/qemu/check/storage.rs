@@ -122,24 +122,34 @@ impl Check<'_> {
     }
 
     fn layers(&mut self, mut layer: Option<&BackingStore>, above: &str) {
-        let mut above = above.to_owned();
+        // Of which format a volume is, where nobody says it, is known when it starts, as of a disk.
+        let mut above = Some(above.to_owned());
         for depth in 0.. {
             let Some(store) = layer.filter(|store| !store.is_end()) else { return };
             if depth == MOST_LAYERS {
                 self.refuse(&store.at, format!("more than {MOST_LAYERS} layers are not supported"));
                 return;
             }
-            let kind = store.kind.unwrap_or_default();
+            if let Some(above) = above.filter(|above| !matches!(&**above, "qcow2" | "qcow" | "qed" | "vmdk")) {
+                self.refuse(&store.at, format!("an image of format '{above}' does not stand on another"));
+            }
+            let kind = store.kind();
             match (kind, &store.source) {
                 (DiskKind::File | DiskKind::Block, _) => {}
+                // Where it is is known when it starts.
+                (DiskKind::Volume, _) => {
+                    let format = store.format.as_ref();
+                    format.inspect(|format| self.format(&format.name, &format.at));
+                    above = format.map(|format| format.name.clone());
+                    layer = store.backing.as_deref();
+                    continue;
+                }
                 (DiskKind::Network, Some(source)) => self.server(source),
                 _ => {
                     self.refuse(&store.at.attribute("type"), format!("layers of type='{kind}' are not supported"));
                     return;
                 }
             }
-            let stands = matches!(&*above, "qcow2" | "qcow" | "qed" | "vmdk");
-            self.refuse_if(!stands, &store.at, &format!("an image of format '{above}' does not stand on another"));
             let path = store.source.as_ref().and_then(|source| source.path(kind));
             self.refuse_if(path.is_none() && kind != DiskKind::Network, &store.at, "a layer needs a <source>");
             self.absolute(path, &store.at);
@@ -152,7 +162,7 @@ impl Check<'_> {
                 self.metadata_cache(cache, &format.name);
             }
             self.encryption(store.source.as_ref().and_then(|source| source.encryption.as_ref()), &format.name);
-            above.clone_from(&format.name);
+            above = Some(format.name.clone());
             layer = store.backing.as_deref();
         }
     }

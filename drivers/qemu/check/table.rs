@@ -189,7 +189,7 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/disk/backingStore/format", "type"),
     ("devices/disk/backingStore/format/metadata_cache", ""),
     ("devices/disk/backingStore/format/metadata_cache/max_size", "unit"),
-    ("devices/disk/backingStore/source", "file dev protocol name query tls tlsHostname"),
+    ("devices/disk/backingStore/source", "file dev protocol name query tls tlsHostname pool volume"),
     ("devices/disk/target", "dev bus removable rotation_rate dpofua"),
     ("devices/disk/readonly", ""),
     ("devices/disk/shareable", ""),

@@ -164,7 +164,7 @@ impl Builder<'_> {
     /// The nodes below; gives the topmost of them, if there are any.
     fn backing_nodes(&mut self, layer: Option<&BackingStore>, disk: &str, depth: usize) -> Option<String> {
         let layer = layer?;
-        let kind = layer.kind.unwrap_or_default();
+        let kind = layer.kind();
         let source = layer.source.as_ref().filter(|source| !source.is_empty())?;
         let below = self.backing_nodes(layer.backing.as_deref(), disk, depth + 1);
         let format = layer.format.as_ref().map_or("raw", |format| &*format.name);

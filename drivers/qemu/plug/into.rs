@@ -1,4 +1,5 @@
-//! A device is plugged in: QEMU is told one thing after the other, and what was done is taken back where one of them fails.
+//! A device is plugged in: QEMU is told what it stands on, and then of the device, and what was done is taken back where one of
+//! that fails.
 
 use super::place::{New, controllers_beside};
 use super::{DEVICES, OBJECTS, host, names_at, names_in, refused, that_can_go};
@@ -9,8 +10,9 @@ use crate::host::workers::ClosedAside;
 use crate::qemu::command::{self, OneDevice, Step, fd_name};
 use crate::qemu::given::{self, GivenImage};
 use crate::qemu::instance::Body;
+use crate::qemu::monitor::DEAF;
 use crate::qemu::plan::{Companion, HostFile, SecretContent, Tap};
-use crate::qemu::qmp::COMMAND_TIMEOUT;
+use crate::qemu::qmp::{COMMAND_TIMEOUT, in_time};
 use crate::qemu::taking::Taking;
 use crate::qemu::{QemuDriver, declared, live, tap};
 use crate::secret::Vault;
@@ -184,6 +186,7 @@ impl QemuDriver {
         Ok(link)
     }
 
+    /// Tells QEMU what the device stands on at once, and when all of that is there of the device itself, and of what follows.
     async fn tell(
         &self,
         body: &Arc<Body>,
@@ -191,6 +194,7 @@ impl QemuDriver {
         shared: &BTreeSet<String>,
         done: &mut Vec<(&'static str, Value)>,
     ) -> Result<(), DriverError> {
+        let (mut below, mut rest) = (Vec::new(), Vec::new());
         for step in steps {
             if step.is_of_limits() && step.arguments["id"].as_str().is_some_and(|id| shared.contains(id)) {
                 continue;
@@ -202,19 +206,53 @@ impl QemuDriver {
                 said.into_iter().for_each(|said| _ = said.remove("file"));
                 (arguments["data"], arguments["format"]) = (Value::from(data), Value::from("base64"));
             }
-            let told = match command {
-                // It opens what may lie on slow storage.
-                "blockdev-add" => body.patiently(command, arguments).await,
-                _ => body.ask(command, arguments).await,
-            };
-            // QEMU may do it when it answers again.
-            if matches!(told, Ok(_) | Err(DriverError::TimedOut(_))) {
-                done.extend(undo);
-            }
-            told?;
+            let is_below = rest.is_empty() && BELOW.contains(&command);
+            if is_below { &mut below } else { &mut rest }.push((command, arguments, undo));
+        }
+        tell_at_once(body, below, done).await?;
+        for one in rest {
+            tell_at_once(body, vec![one], done).await?;
         }
         Ok(())
     }
+}
+
+/// What may be there without a device: where one of it is refused, no device has it.
+const BELOW: [&str; 4] = ["object-add", "blockdev-add", "chardev-add", "netdev_add"];
+
+/// Tells QEMU all of that, and waits for its answers.
+async fn tell_at_once(
+    body: &Arc<Body>,
+    all: Vec<(&'static str, Value, Option<(&'static str, Value)>)>,
+    done: &mut Vec<(&'static str, Value)>,
+) -> Result<(), DriverError> {
+    let monitor = body.monitor()?;
+    let (mut told, mut failed) = (Vec::new(), None);
+    for (command, arguments, undo) in all {
+        match in_time(command, COMMAND_TIMEOUT, monitor.send(command, arguments, Vec::new())).await {
+            Ok(sent) => told.push((command, undo, sent)),
+            Err(error) => {
+                // It may be on its way.
+                done.extend(undo);
+                failed = Some(DriverError::from(error));
+                break;
+            }
+        }
+    }
+    for (command, undo, sent) in told {
+        // It opens what may lie on slow storage.
+        let within = if command == "blockdev-add" { DEAF } else { COMMAND_TIMEOUT };
+        let answered = match &failed {
+            // What QEMU did not answer in time it may do when it answers again, and what it was told afterwards.
+            Some(DriverError::TimedOut(why)) => Err(DriverError::TimedOut(why.clone())),
+            _ => in_time(command, within, sent.answer()).await.map_err(DriverError::from),
+        };
+        if matches!(answered, Ok(_) | Err(DriverError::TimedOut(_))) {
+            done.extend(undo);
+        }
+        failed = failed.or(answered.err());
+    }
+    failed.map_or(Ok(()), Err)
 }
 
 /// Takes back what was done. Of a QEMU that is deaf no answer is waited for: it does what it was told when it hears again.

@@ -23,12 +23,8 @@ use virt_model::driver::snapshots::{
 
 impl Operation {
     pub(super) async fn check_create(&self, request: &SnapshotRequest) -> Result<CreatePlan, DriverError> {
-        let (able, nodes) = tokio::join!(self.check_machine(request), self.nodes());
-        able?;
-        let nodes = nodes?;
-        let (chains, survey) = tokio::join!(self.check_chains(request), self.survey(self.concerned(request)));
-        chains?;
-        let survey = survey?;
+        let files = async { tokio::try_join!(self.check_chains(request), self.survey(self.concerned(request))) };
+        let (_, nodes, (_, survey)) = tokio::try_join!(self.check_machine(request), self.nodes(), files)?;
         self.check_names(request, &survey, nodes.as_ref()).await?;
         self.check_way_back(request, &survey, nodes.as_ref()).await?;
         self.overlays_have_room(request, nodes.as_ref()).await?;
@@ -120,14 +116,14 @@ impl Operation {
                 _ => self.keeps_memory(body).await,
             }
         };
-        let (alone, kept_here) = tokio::join!(self.nobody_else_works(), kept_here);
+        // What QEMU is asked goes to it at once.
+        let can_send = self.can_send_memory(body, request);
+        let (alone, kept_here, can_send) = tokio::join!(self.nobody_else_works(), kept_here, can_send);
         alone?;
-        if request.memory != MemoryMode::No {
-            if let Some(why) = kept_here? {
-                return Err(DriverError::Refused(format!("its memory cannot be captured: {why}; use disk-only")));
-            }
-            self.can_send_memory(body, request).await?;
+        if let Some(why) = kept_here? {
+            return Err(DriverError::Refused(format!("its memory cannot be captured: {why}; use disk-only")));
         }
+        can_send?;
         if request.quiesce {
             self.agent()?.talk(Terms::within(HELLO)).await?;
         }

@@ -326,20 +326,22 @@ impl Domain {
             cpu: machine.guest.as_ref().filter(|_| has_memory).and_then(|guest| guest.expanded_cpu()),
             cookie: None,
         };
-        let def = self.keepable(def).await?;
         Ok(Outline { def, request, machine, named: aligned.named })
     }
 
-    /// Looks at the files, and at the guest.
+    /// Looks at its record, at the files, and at the guest.
     async fn think_through(&self, outline: Outline) -> Result<Planned> {
         let Outline { def, request, machine, .. } = outline;
-        self.may_write_images(&request.name, &machine, &request).await?;
-        if request.quiesce || request.memory != MemoryMode::No {
-            self.is_not_frozen()?;
-        }
-        let checked = self.takes_snapshots()?.check_create(&machine, &request).await;
-        let plan = checked.map_err(|e| self.not_taken(&request.name, e))?;
-        Ok(Planned { def, request, plan, machine })
+        let looked = async {
+            self.may_write_images(&request.name, &machine, &request).await?;
+            if request.quiesce || request.memory != MemoryMode::No {
+                self.is_not_frozen()?;
+            }
+            let checked = self.takes_snapshots()?.check_create(&machine, &request).await;
+            checked.map_err(|e| self.not_taken(&request.name, e))
+        };
+        let (def, plan) = tokio::try_join!(self.keepable(def), looked)?;
+        Ok(Planned { def, plan, request, machine })
     }
 
     /// Refuses to write images that others stand on: a snapshot inside them, or an overlay that the caller made.

@@ -129,7 +129,21 @@ impl Disk {
 
     /// The volume that it is: pool and name, wherever that is.
     pub fn volume(&self) -> Option<(&str, &str)> {
-        self.source.as_ref().filter(|_| self.kind == Some(DiskKind::Volume))?.volume()
+        self.source.as_ref()?.volume_of(self.kind)
+    }
+
+    /// The volumes among its layers, its own first.
+    pub fn volumes(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.chain().filter_map(|layer| layer.volume)
+    }
+
+    /// Calls `change` with each layer below its own image, from the topmost down.
+    pub fn each_below(&mut self, mut change: impl FnMut(&mut BackingStore)) {
+        let mut layer = self.backing.as_deref_mut();
+        while let Some(store) = layer {
+            change(store);
+            layer = store.backing.as_deref_mut();
+        }
     }
 
     /// Whether a client has given its image by descriptor: nobody else can open that again.
@@ -144,11 +158,13 @@ impl Disk {
 
     /// Its layers as the document tells them, its own image first and what that stands on below.
     pub fn chain(&self) -> impl Iterator<Item = Layer<'_>> {
-        let own = Layer { path: self.path(), format: self.format(), below: self.backing.as_deref(), at: &self.at };
+        let (path, volume) = (self.path(), self.volume());
+        let own = Layer { path, volume, format: self.format(), below: self.backing.as_deref(), at: &self.at };
         std::iter::successors(Some(own), |layer| {
             let store = layer.below?;
             let format = store.format.as_ref().map(|format| &*format.name);
-            Some(Layer { path: store.path(), format, below: store.backing.as_deref(), at: &store.at })
+            let (path, volume) = (store.path(), store.volume());
+            Some(Layer { path, volume, format, below: store.backing.as_deref(), at: &store.at })
         })
     }
 
@@ -256,10 +272,7 @@ impl Disk {
     /// Where it leaves open what its volume says of itself, it says what `running` has of the same volume.
     pub(crate) fn take_what_its_volume_gave(&mut self, running: &Disk) {
         if let (Some(source), Some(of)) = (&mut self.source, &running.source) {
-            (source.file, source.dev) = (of.file.clone(), of.dev.clone());
-            if self.encryption.is_none() && source.encryption.is_none() {
-                source.encryption.clone_from(&of.encryption);
-            }
+            source.take_what_its_volume_gave(of, self.encryption.is_some());
         }
         if self.format().is_none()
             && let Some(format) = running.format()
@@ -269,6 +282,22 @@ impl Disk {
         if self.backing.is_none() {
             self.backing.clone_from(&running.backing);
         }
+    }
+
+    /// The same of the layers below its own image, as far as they are of the same volumes.
+    pub(crate) fn take_what_volumes_below_gave(&mut self, running: &Disk) {
+        let mut of = running.backing.as_deref();
+        self.each_below(|store| {
+            let Some(same) = of else { return };
+            if store.volume().is_some() && store.volume() == same.volume() {
+                if let (Some(source), Some(of)) = (&mut store.source, &same.source) {
+                    source.take_what_its_volume_gave(of, false);
+                }
+                store.format = store.format.take().or_else(|| same.format.clone());
+                store.backing = store.backing.take().or_else(|| same.backing.clone());
+            }
+            of = same.backing.as_deref();
+        });
     }
 
     /// The image format the document gives.
@@ -538,6 +567,8 @@ element! {
 pub struct Layer<'a> {
     /// Its file or block device; `None` if it is on a server, or there is none.
     pub path: Option<&'a str>,
+    /// The volume that it is: pool and name, wherever that is.
+    pub volume: Option<(&'a str, &'a str)>,
     /// The image format the document gives.
     pub format: Option<&'a str>,
     /// What it stands on.
@@ -547,9 +578,20 @@ pub struct Layer<'a> {
 }
 
 impl BackingStore {
+    /// Where the content comes from. A volume is the file or device that it is, once it is known where.
+    pub fn kind(&self) -> DiskKind {
+        let kind = self.kind.unwrap_or_default();
+        self.source.as_ref().map_or(kind, |source| source.opened_as(kind))
+    }
+
+    /// The volume that it is: pool and name, wherever that is.
+    pub fn volume(&self) -> Option<(&str, &str)> {
+        self.source.as_ref()?.volume_of(self.kind)
+    }
+
     /// The file or block device, if it is one.
     pub fn path(&self) -> Option<&str> {
-        self.source.as_ref()?.path(self.kind.unwrap_or_default())
+        self.source.as_ref()?.path(self.kind())
     }
 
     /// Whether the chain ends here.

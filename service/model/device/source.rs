@@ -104,6 +104,24 @@ impl DiskSource {
         self.pool.as_deref().zip(self.volume.as_deref())
     }
 
+    /// The volume that it is as a source of that kind.
+    pub(super) fn volume_of(&self, kind: Option<DiskKind>) -> Option<(&str, &str)> {
+        self.volume().filter(|_| kind == Some(DiskKind::Volume))
+    }
+
+    /// It does not say where the volume is that it is.
+    pub fn forget_place(&mut self) {
+        (self.file, self.dev) = (None, None);
+    }
+
+    /// Where it leaves open what its volume says of itself, it says what `running` has of the same volume.
+    pub(super) fn take_what_its_volume_gave(&mut self, running: &DiskSource, is_encrypted: bool) {
+        (self.file, self.dev) = (running.file.clone(), running.dev.clone());
+        if !is_encrypted && self.encryption.is_none() {
+            self.encryption.clone_from(&running.encryption);
+        }
+    }
+
     /// What it is once it is known where the volume is.
     fn kind_of_volume(&self) -> DiskKind {
         match (&self.file, &self.dev) {

@@ -353,6 +353,12 @@ fn check_disk(disk: &Disk, bus: DiskBus, log: &mut Log) {
     if of_volume && !disk.volume().is_some_and(named) {
         complain(log, &disk.at, "a disk of type='volume' needs <source pool='…' volume='…'/>");
     }
+    let below = std::iter::successors(disk.backing.as_deref(), |store| store.backing.as_deref());
+    for store in below.filter(|store| store.kind == Some(DiskKind::Volume)) {
+        if !store.volume().is_some_and(named) {
+            complain(log, &store.at, "a layer of type='volume' needs <source pool='…' volume='…'/>");
+        }
+    }
     check_disk_address(disk, bus, log);
 }
 

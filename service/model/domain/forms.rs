@@ -3,9 +3,10 @@
 use super::{DomainDef, Form};
 use crate::device::chardev::CharKind;
 use crate::device::controller::{Controller, ControllerKind, ControllerModel};
-use crate::device::disk::{BackingStore, Disk};
+use crate::device::disk::Disk;
 use crate::device::display::{Graphics, GraphicsKind, ListenKind};
 use crate::device::interface::Interface;
+use crate::device::source::DiskSource;
 use crate::xml::Element;
 
 impl DomainDef {
@@ -26,14 +27,22 @@ impl DomainDef {
 
     /// Whether it says where volumes are.
     pub fn places_volumes(&self) -> bool {
-        self.devices.disks.iter().any(|disk| disk.volume().is_some() && disk.path().is_some())
+        self.devices.disks.iter().any(|disk| disk.chain().any(|layer| layer.volume.is_some() && layer.path.is_some()))
     }
 
     /// Takes out where volumes are: that is found out whenever it is wanted. What has been frozen, or saved, keeps it, as it is of
     /// that very file.
     pub fn forget_places_of_volumes(&mut self) {
-        for disk in self.devices.disks.iter_mut().filter(|disk| disk.volume().is_some()) {
-            disk.source.iter_mut().for_each(|source| (source.file, source.dev) = (None, None));
+        let forget = |source: Option<&mut DiskSource>| source.into_iter().for_each(|source| source.forget_place());
+        for disk in &mut self.devices.disks {
+            if disk.volume().is_some() {
+                forget(disk.source.as_mut());
+            }
+            disk.each_below(|store| {
+                if store.volume().is_some() {
+                    forget(store.source.as_mut());
+                }
+            });
         }
     }
 
@@ -66,12 +75,10 @@ impl DomainDef {
 fn forget_disk(disk: &mut Disk) {
     disk.source.iter_mut().for_each(|source| source.index = None);
     disk.rest.elements.retain(|element| element.name != "mirror");
-    let mut layer: Option<&mut Box<BackingStore>> = disk.backing.as_mut();
-    while let Some(store) = layer {
+    disk.each_below(|store| {
         store.index = None;
         store.source.iter_mut().for_each(|source| source.index = None);
-        layer = store.backing.as_mut();
-    }
+    });
 }
 
 fn forget_interface(interface: &mut Interface) {

@@ -36,8 +36,9 @@ pub trait Storage: Send + Sync {
     /// Refuses a volume whose document asks for what no volume of such a pool can be here. Waits for nothing.
     fn check_volume(&self, pool: PoolKind, def: &VolumeDef) -> Result<(), DriverError>;
 
-    /// What pools of that kind could come from, of what nobody on the host uses. Error: `Unsupported` where that is not searched.
-    async fn find_sources(&self, kind: PoolKind) -> Result<Vec<PoolSource>, DriverError>;
+    /// What pools of that kind could come from, of what nobody on the host uses; of the server that is `asked`, if their kind comes from
+    /// one. Errors: `Unsupported` where that is not searched; `Argument` where a server is to be asked and none is, or the reverse.
+    async fn find_sources(&self, kind: PoolKind, asked: Option<&PoolSource>) -> Result<Vec<PoolSource>, DriverError>;
 
     /// Makes what volumes are to be in. Without `overwrite`, what is there and is something stays. Repeatable.
     async fn build(&self, def: &PoolDef, overwrite: bool, work: &dyn Work) -> Result<(), DriverError>;

@@ -183,6 +183,12 @@ fn check_name(kind: &str, name: &str, at: &Place, log: &mut Log) {
     }
 }
 
+/// Whether NFS has called a file so that was removed while it is open: it goes when it is closed, and is no volume.
+pub fn is_left_by_nfs(name: &str) -> bool {
+    let number = name.strip_prefix(".nfs");
+    number.is_some_and(|number| number.len() == 24 && number.bytes().all(|digit| digit.is_ascii_hexdigit()))
+}
+
 /// Whether a volume can be called that, in a pool of files as in any other. The error is a sentence.
 pub fn check_volume_name(name: &str) -> Result<(), String> {
     let mut log = Vec::new();
@@ -192,6 +198,11 @@ pub fn check_volume_name(name: &str) -> Result<(), String> {
     }
     if name.starts_with(UNFINISHED) {
         return Err(format!("names that begin with {UNFINISHED} are virtd's own"));
+    }
+    if is_left_by_nfs(name) {
+        let text = "'.nfs' and 24 hexadecimal digits are what NFS calls a file that was removed while it is open, which is never \
+                    listed: choose another name";
+        return Err(text.to_owned());
     }
     xml::check_new_name(name).map_err(|why| format!("the name '{}' of a volume {why}", shorten(name)))
 }

@@ -10,7 +10,7 @@ pub mod pool;
 pub mod volume;
 
 pub use capabilities::{capabilities, sources};
-pub use check::{UNFINISHED, check_volume_name, source_formats};
+pub use check::{UNFINISHED, check_volume_name, is_left_by_nfs, source_formats};
 
 use crate::domain::format::Format;
 use crate::domain::native::{Namespaces, canonical_prefixes, declare_prefixes};
@@ -48,6 +48,20 @@ fn read_root<T: Part>(text: &str, kind: &str, limits: Limits, log: &mut Vec<Find
     declare_prefixes(&mut root, NAMESPACES);
     FORMAT.arrange_root(&mut root);
     Ok(T::read(root, log))
+}
+
+/// Reads a part of a document that stands alone, as if it stood in its root.
+fn read_part<T: Part>(text: &str, name: &str, kind: &str, log: &mut Vec<Finding>) -> Result<T, Vec<Finding>> {
+    let part = xml::read_within(text, &[], Limits::ACCEPTED).map_err(|finding| vec![finding])?;
+    if part.name != name {
+        let message = format!("the root is <{}>, and <{name}> was expected", xml::shorten(&part.name));
+        return Err(vec![Finding::invalid(&part.at, message)]);
+    }
+    let mut root = Element::new(kind);
+    root.push(part);
+    FORMAT.check_root(&mut root, kind, log);
+    FORMAT.arrange_root(&mut root);
+    Ok(T::read(root.take_child(name).unwrap_or_default(), log))
 }
 
 /// Writes one, in libvirt's order and layout.

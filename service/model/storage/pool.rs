@@ -2,7 +2,7 @@
 
 use super::Bytes;
 use super::volume::VolumeKind;
-use super::{FormatDoc, PathDoc, Permissions, check, read_root, unless_found, write_root};
+use super::{FormatDoc, PathDoc, Permissions, check, read_part, read_root, unless_found, write_root};
 use crate::device::source::{Initiator, SecretRef};
 use crate::domain::part::element;
 use crate::domain::value::choices;
@@ -67,7 +67,7 @@ impl PoolKind {
 
     /// Whether its volumes go from the host when the pool is stopped: it is mounted, or activated, until then.
     pub fn is_attached(self) -> bool {
-        matches!(self, PoolKind::Fs | PoolKind::Logical)
+        matches!(self, PoolKind::Fs | PoolKind::Netfs | PoolKind::Logical)
     }
 }
 
@@ -104,6 +104,8 @@ element! {
         child "initiator" => initiator: Option<Initiator>,
         /// `<format>`
         child "format" => format: Option<FormatDoc>,
+        /// `<protocol>`
+        child "protocol" => protocol: Option<PoolProtocol>,
         /// `<auth>`
         child "auth" => auth: Option<PoolAuth>,
     }
@@ -140,6 +142,14 @@ element! {
         attr "wwnn" => wwnn: Option<String>,
         /// Of Fibre Channel: its port.
         attr "wwpn" => wwpn: Option<String>,
+    }
+}
+
+element! {
+    /// `<protocol>`
+    pub struct PoolProtocol {
+        /// Which version of it is spoken.
+        need "ver" => version: String,
     }
 }
 
@@ -224,9 +234,38 @@ impl PoolDef {
         source.devices.first().map(|device| &*device.path)
     }
 
+    /// What is mounted for it, as the kernel's table of mounts is told, if anything is: a device, or a server's folder.
+    pub fn mounted_source(&self) -> Option<String> {
+        if self.kind != PoolKind::Netfs {
+            return self.mounted_device().map(str::to_owned);
+        }
+        let source = self.source.as_ref()?;
+        let (host, dir) = (&*source.hosts.first()?.name, &*source.dir.as_ref()?.path);
+        Some(match source.format.as_ref().is_some_and(|format| format.kind == "cifs") {
+            true => format!("//{host}/{}", dir.trim_matches('/')),
+            // The colons of an address are none before a path.
+            false if host.contains(':') && !host.starts_with('[') => format!("[{host}]:{dir}"),
+            false => format!("{host}:{dir}"),
+        })
+    }
+
+    /// The secret that proves who comes to its server, if it names one by its uuid.
+    pub fn secret(&self) -> Option<Uuid> {
+        self.source.as_ref()?.auth.as_ref()?.secret.as_ref()?.uuid
+    }
+
     /// What it is called where it comes from.
     pub fn source_name(&self) -> &str {
         self.source.as_ref().and_then(|source| source.name.as_deref()).unwrap_or(&self.name)
+    }
+}
+
+impl PoolSource {
+    /// Reads a document that is a source alone, as a search for sources may be given one.
+    pub fn parse(text: &str) -> Result<PoolSource, Vec<Finding>> {
+        let mut log = Vec::new();
+        let source = read_part(text, "source", "pool", &mut log)?;
+        unless_found(source, log)
     }
 }
 

@@ -156,10 +156,11 @@ fn what_is_wrong_is_told_where_it_stands() {
 
 #[test]
 fn names_of_volumes() {
-    for good in ["a", "web.qcow2", "ein Bild.iso", "日本.img", ".hidden"] {
+    for good in ["a", "web.qcow2", "ein Bild.iso", "日本.img", ".hidden", ".nfs0123"] {
         assert_eq!(check_volume_name(good), Ok(()), "{good}");
     }
-    for bad in ["", "  ", ".", "..", "a/b", "a\nb", " a", "a\u{202e}b", ".virt-new-1", &"x".repeat(256)] {
+    let left_by_nfs = ".nfs0123456789abcdef01234567";
+    for bad in ["", "  ", ".", "..", "a/b", "a\nb", " a", "a\u{202e}b", ".virt-new-1", left_by_nfs, &"x".repeat(256)] {
         assert!(check_volume_name(bad).is_err(), "{bad:?}");
     }
 }

@@ -57,9 +57,11 @@ impl DomainDef {
     pub fn take_what_volumes_gave(&mut self, running: &DomainDef) {
         for disk in &running.devices.disks {
             let same = self.devices.disks.iter_mut().find(|other| other.target.dev == disk.target.dev);
-            if let Some(other) = same.filter(|other| other.volume().is_some() && other.volume() == disk.volume()) {
+            let Some(other) = same else { continue };
+            if other.volume().is_some() && other.volume() == disk.volume() {
                 other.take_what_its_volume_gave(disk);
             }
+            other.take_what_volumes_below_gave(disk);
         }
     }
 }
