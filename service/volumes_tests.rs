@@ -156,6 +156,30 @@ fn a_volume_that_is_a_device_is_told_as_one() {
 }
 
 #[test]
+fn a_layer_that_is_a_volume_in_a_group_becomes_its_device() {
+    let layer = |volume: &str| LAYER.replace("volume='v'", &format!("volume='{volume}' file='/etc/shadow'"));
+    let stored = machine("pool='p' volume='v'", &layer("device"));
+    let (mut live, mut placed) = (stored.clone(), stored.clone());
+    volumes().plug(&mut live).expect("plugged");
+    volumes().place(&mut placed);
+    for def in [&live, &placed] {
+        let below = def.devices.disks[0].backing.as_deref().expect("a layer");
+        assert_eq!((below.kind(), below.path()), (DiskKind::Block, Some("/pool/device")));
+        assert!(below.source.as_ref().is_some_and(|source| source.file.is_none()), "nothing else is said of it");
+    }
+    let below = live.devices.disks[0].backing.as_deref().expect("a layer");
+    assert_eq!(below.format.as_ref().map(|format| &*format.name), Some("raw"));
+    let (kept, _) =
+        crate::stored::StoredDef::write(&live, virt_model::xml::Limits::STORED).expect("it can be read again");
+    assert!(!kept.text().contains("/pool/device"), "{}", kept.text());
+    // Nobody knows such a pool: what the document said of its place is not believed.
+    let mut elsewhere = machine("pool='p' volume='v'", &layer("device").replace("pool='p'", "pool='other'"));
+    volumes().place(&mut elsewhere);
+    let below = elsewhere.devices.disks[0].backing.as_deref().expect("a layer");
+    assert_eq!((below.kind(), below.path()), (DiskKind::Volume, None));
+}
+
+#[test]
 fn what_is_missing_is_told_with_machine_and_disk() {
     for (source, why) in [
         ("pool='p' volume='none'", "domain 'web', disk 'vda': pool 'p' has no such volume"),

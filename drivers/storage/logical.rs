@@ -26,6 +26,8 @@ use virt_model::xml::Finding;
 pub const FORMATS: &[&str] = &["lvm2"];
 /// How long it may take to be made, activated or deactivated: each device of it is.
 pub const PATIENCE: Duration = Duration::from_secs(600);
+/// What is searched for pools, for errands: no device and no host that is searched is called so.
+const SEARCHED: &str = "volume groups";
 /// So much of a device's beginning and end is overwritten before it is made LVM's, where that is asked for.
 const EDGE: u64 = 4 << 20;
 
@@ -260,7 +262,7 @@ impl HostStorage {
             }
             Ok(all.into_iter().map(|(name, devices)| source(name, &devices)).collect())
         };
-        self.workers.run(Errand::new(sources::standing_for(Path::new("lvm")), "volume groups"), find).await
+        self.workers.run(Errand::new(sources::standing_for(Path::new(SEARCHED)), SEARCHED), find).await
     }
 }
 

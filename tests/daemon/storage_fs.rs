@@ -226,7 +226,8 @@ async fn devices_with_a_file_system_that_nobody_uses_are_found() {
         ("fs", "<source/>", "InvalidArgument"),
         ("vfs", "", "InvalidArgument"),
         ("dir", "", "OperationUnsupported"),
-        ("logical", "", "OperationUnsupported"),
+        ("disk", "", "OperationUnsupported"),
+        ("logical", "<source/>", "InvalidArgument"),
     ] {
         let refused = find(kind, xml).await.expect_err(kind);
         assert!(refused.0.ends_with(wanted), "{kind}: {refused:?}");
@@ -234,7 +235,7 @@ async fn devices_with_a_file_system_that_nobody_uses_are_found() {
     let types: std::collections::HashMap<String, std::collections::HashMap<String, zbus::OwnedVariant>> =
         client.property("/org/virt", STORAGE, "PoolTypes").await;
     let says = |kind: &str| bool::try_from(types[kind]["find-sources"].try_clone().unwrap()).unwrap();
-    assert!(says("fs") && !says("dir") && !says("logical"));
+    assert!(says("fs") && says("logical") && !says("dir") && !says("disk"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -44,6 +44,7 @@ mod system;
 mod taken;
 mod undefine;
 mod unread;
+mod unwatched;
 mod volume_group;
 mod volumes;
 mod whole_machine;

@@ -1,6 +1,7 @@
 //! A pool that is a volume group, with the device mapper of a kernel of its own (`taken.rs` boots it): on a loop device, by the real
 //! tool.
 
+use crate::unwatched::{Unwatched, new_volume};
 use std::fs;
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
@@ -8,42 +9,16 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use tokio_util::sync::CancellationToken;
 use virt_drivers::host::lender::Lender;
 use virt_drivers::storage::HostStorage;
 use virt_model::driver::storage::{
-    Content, FileId, KnownFormats, NewSize, NewVolume, OpenPool, Part, Preallocation, Qcow2Options, Reflink,
-    Storage as _, VolumeAt, VolumeLook, Wiping, Work,
+    Content, KnownFormats, NewSize, NewVolume, OpenPool, Part, Reflink, Storage as _, VolumeAt, VolumeLook, Wiping,
+    Work,
 };
 use virt_model::driver::{DriverError, GivenFile};
 use virt_model::storage::pool::{PoolDef, PoolKind};
 
 const MIB: u64 = 1 << 20;
-
-/// Work that nobody watches.
-#[derive(Default)]
-struct Unwatched(CancellationToken);
-
-impl Work for Unwatched {
-    fn progress(&self, done: u64, total: u64) {
-        assert!(done <= total, "{done} of {total}");
-    }
-
-    fn step(&self) {}
-
-    fn grows(&self, _: u64) -> Result<(), DriverError> {
-        Ok(())
-    }
-
-    fn names(&self, id: FileId, name: &str, format: &str, _: Option<&str>) -> Result<(), DriverError> {
-        assert!(id.number > 0 && !name.is_empty() && format == "raw");
-        Ok(())
-    }
-
-    fn cancelled(&self) -> &CancellationToken {
-        &self.0
-    }
-}
 
 fn work() -> Arc<dyn Work> {
     Arc::new(Unwatched::default())
@@ -59,22 +34,6 @@ fn run(command: &str) {
     }
     let done = program.output().expect(command);
     assert!(done.status.success(), "{command}: {}", String::from_utf8_lossy(&done.stderr));
-}
-
-fn new(name: &str, capacity: u64, content: Content) -> NewVolume {
-    NewVolume {
-        name: name.to_owned(),
-        format: "raw".to_owned(),
-        capacity,
-        allocation: 0,
-        preallocation: Preallocation::Off,
-        qcow2: Qcow2Options::default(),
-        nocow: false,
-        owner: (None, None),
-        mode: 0o600,
-        secret: None,
-        content,
-    }
 }
 
 /// A client's file with so many bytes of that kind.
@@ -145,24 +104,24 @@ pub async fn is_a_pool() {
 
 async fn volumes_are_made(pool: &Arc<dyn OpenPool>) {
     assert_eq!(all(pool).await, []);
-    let made = pool.create(new("a", 5 * MIB + 1, Content::Empty), work()).await.expect("made");
+    let made = pool.create(new_volume("a", 5 * MIB + 1, Content::Empty), work()).await.expect("made");
     let (name, key) = (made.name.as_str(), made.key.as_deref().expect("its uuid"));
     assert_eq!((name, key.len(), made.capacity, made.allocation), ("a", 38, 8 * MIB, 8 * MIB));
     assert_eq!((made.broken, made.permissions.0), (None, 0));
     assert_eq!(holds(Path::new("/dev/vg0/a")), [(0, 0)]);
-    let filled = new("b", 4 * MIB, Content::Given(given(7, MIB + 5)));
+    let filled = new_volume("b", 4 * MIB, Content::Given(given(7, MIB + 5)));
     pool.create(filled, work()).await.expect("made");
     assert_eq!(holds(Path::new("/dev/vg0/b")), [(0, 7), (MIB + 5, 0)]);
     let copied = Content::Copy { from: pool.hold(&at(pool, "b").await).await.expect("open"), reflink: Reflink::Auto };
-    pool.create(new("c", 4 * MIB, copied), work()).await.expect("copied");
+    pool.create(new_volume("c", 4 * MIB, copied), work()).await.expect("copied");
     assert_eq!(holds(Path::new("/dev/vg0/c")), [(0, 7), (MIB + 5, 0)]);
     for (refused, why) in [
-        (new("a", MIB, Content::Empty), "has a volume 'a'"),
-        (new("big", 80 * MIB, Content::Empty), "nsufficient free space"),
-        (new("d", 4 * MIB, Content::Given(given(1, 4 * MIB + 1))), "the descriptor that was given"),
-        (new("-d", MIB, Content::Empty), "does not begin with -"),
-        (new("d", 0, Content::Empty), "say how large"),
-        (NewVolume { format: "qcow2".to_owned(), ..new("d", MIB, Content::Empty) }, "raw"),
+        (new_volume("a", MIB, Content::Empty), "has a volume 'a'"),
+        (new_volume("big", 80 * MIB, Content::Empty), "nsufficient free space"),
+        (new_volume("d", 4 * MIB, Content::Given(given(1, 4 * MIB + 1))), "the descriptor that was given"),
+        (new_volume("-d", MIB, Content::Empty), "does not begin with -"),
+        (new_volume("d", 0, Content::Empty), "say how large"),
+        (NewVolume { format: "qcow2".to_owned(), ..new_volume("d", MIB, Content::Empty) }, "raw"),
     ] {
         let refused = pool.create(refused, work()).await.expect_err(why).to_string();
         assert!(refused.contains(why), "{why}: {refused}");
