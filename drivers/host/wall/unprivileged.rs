@@ -107,7 +107,7 @@ fn live_in<W: FnOnce()>(_work: *mut W) -> extern "C" fn(*mut libc::c_void) -> li
     extern "C" fn live<W: FnOnce()>(work: *mut libc::c_void) -> libc::c_int {
         // SAFETY: it was made of a box, for this process alone.
         let work = unsafe { Box::from_raw(work.cast::<W>()) };
-        let _ = std::panic::catch_unwind(AssertUnwindSafe(|| work()));
+        let _ = std::panic::catch_unwind(AssertUnwindSafe(work));
         0
     }
     live::<W>
@@ -247,7 +247,10 @@ fn aside(work: impl FnOnce()) -> io::Result<()> {
             drop(unsafe { Box::from_raw(work) });
             Err(why)
         }
-        child => Ok(reap(child)),
+        child => {
+            reap(child);
+            Ok(())
+        }
     };
     before.thread_set_mask()?;
     child

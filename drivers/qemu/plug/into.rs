@@ -207,7 +207,7 @@ impl QemuDriver {
                 (arguments["data"], arguments["format"]) = (Value::from(data), Value::from("base64"));
             }
             let is_below = rest.is_empty() && BELOW.contains(&command);
-            if is_below { &mut below } else { &mut rest }.push((command, arguments, undo));
+            if is_below { &mut below } else { &mut rest }.push(Step { command, arguments, undo, secret: None });
         }
         tell_at_once(body, below, done).await?;
         for one in rest {
@@ -220,15 +220,15 @@ impl QemuDriver {
 /// What may be there without a device: where one of it is refused, no device has it.
 const BELOW: [&str; 4] = ["object-add", "blockdev-add", "chardev-add", "netdev_add"];
 
-/// Tells QEMU all of that, and waits for its answers.
+/// Tells QEMU all of that, whose secrets are in it, and waits for its answers.
 async fn tell_at_once(
     body: &Arc<Body>,
-    all: Vec<(&'static str, Value, Option<(&'static str, Value)>)>,
+    all: Vec<Step>,
     done: &mut Vec<(&'static str, Value)>,
 ) -> Result<(), DriverError> {
     let monitor = body.monitor()?;
     let (mut told, mut failed) = (Vec::new(), None);
-    for (command, arguments, undo) in all {
+    for Step { command, arguments, undo, .. } in all {
         match in_time(command, COMMAND_TIMEOUT, monitor.send(command, arguments, Vec::new())).await {
             Ok(sent) => told.push((command, undo, sent)),
             Err(error) => {
