@@ -250,6 +250,10 @@ impl HostStorage {
 
     /// The groups that pools could come from: they are no pool's yet, and of none of their volumes the host has a use.
     pub(super) async fn unused_groups(&self) -> Result<Vec<PoolSource>, DriverError> {
+        self.search_of_groups.found(self.look_for_groups()).await
+    }
+
+    async fn look_for_groups(&self) -> Result<Vec<PoolSource>, DriverError> {
         let mut used = self.groups.names();
         let find = move |stop: &Arc<Stop>| {
             let lvm = Lvm(stop);

@@ -85,7 +85,10 @@ pub struct HostStorage {
     wary: bool,
     held: Held,
     groups: logical::HeldGroups,
+    /// For file systems.
     search: Search,
+    /// For volume groups.
+    search_of_groups: Search,
     /// Who holds it asks another host what it offers.
     asks: tokio::sync::Mutex<()>,
     /// Why no share is mounted here, if so: looked for once, since whoever is told it cannot wait for it.
@@ -96,9 +99,19 @@ impl HostStorage {
     /// Whose tools run by those rights; `runtime`: a folder of ours, for what ends with us; `wary`: for others than us. Looks for tools.
     pub fn new(rights: ToolRights, secrets: Secrets, runtime: &Path, wary: bool) -> HostStorage {
         let (workers, held, runtime) = (Workers::default(), Held::default(), runtime.to_owned());
-        let (groups, search) = (logical::HeldGroups::default(), Search::default());
-        let (asks, lacks_for_shares) = (tokio::sync::Mutex::default(), share::lacks());
-        HostStorage { workers, rights, secrets, runtime, wary, held, groups, search, asks, lacks_for_shares }
+        HostStorage {
+            workers,
+            rights,
+            secrets,
+            runtime,
+            wary,
+            held,
+            groups: logical::HeldGroups::default(),
+            search: Search::default(),
+            search_of_groups: Search::default(),
+            asks: tokio::sync::Mutex::default(),
+            lacks_for_shares: share::lacks(),
+        }
     }
 
     /// Takes away what may be mounted in vain since virtd was killed. Before any pool is opened. Blocks.

@@ -27,22 +27,32 @@ const AT_ONCE: usize = 8;
 const BLOCK_DEVICES: &str = "/sys/class/block";
 
 /// What was found last, and when that search began. Who holds it searches.
-pub type Search = Mutex<Option<(Instant, Vec<PoolSource>)>>;
+#[derive(Default)]
+pub struct Search(Mutex<Option<(Instant, Vec<PoolSource>)>>);
 
-impl HostStorage {
-    /// The file systems that could be mounted, in the order of their devices' names. One whose device does not answer is left out.
-    /// There is one search at a time: who has asked before it began is told what it finds.
-    pub(super) async fn unused_file_systems(&self) -> Result<Vec<PoolSource>, DriverError> {
+impl Search {
+    /// What `look` finds. There is one search at a time: who has asked before it began is told what it finds.
+    pub async fn found(
+        &self,
+        look: impl Future<Output = Result<Vec<PoolSource>, DriverError>> + Send,
+    ) -> Result<Vec<PoolSource>, DriverError> {
         let asked = Instant::now();
-        let mut last = self.search.lock().await;
+        let mut last = self.0.lock().await;
         match &*last {
             Some((begun, found)) if *begun >= asked => return Ok(found.clone()),
             _ => {}
         }
         let begun = Instant::now();
-        let found = self.look_for_file_systems().await?;
+        let found = look.await?;
         *last = Some((begun, found.clone()));
         Ok(found)
+    }
+}
+
+impl HostStorage {
+    /// The file systems that could be mounted, in the order of their devices' names. One whose device does not answer is left out.
+    pub(super) async fn unused_file_systems(&self) -> Result<Vec<PoolSource>, DriverError> {
+        self.search.found(self.look_for_file_systems()).await
     }
 
     async fn look_for_file_systems(&self) -> Result<Vec<PoolSource>, DriverError> {
@@ -190,6 +200,21 @@ fn is_used(device: &Path, name: &OsStr) -> bool {
 mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[tokio::test]
+    async fn who_asks_before_a_search_begins_is_told_what_it_finds() {
+        let (search, begun) = (Search::default(), AtomicUsize::new(0));
+        let look = async || {
+            begun.fetch_add(1, Ordering::Relaxed);
+            tokio::task::yield_now().await;
+            Ok(Vec::new())
+        };
+        // Two ask while the first searches: of theirs there is one.
+        let found = tokio::join!(search.found(look()), search.found(look()), search.found(look()));
+        assert!(found.0.is_ok() && found.1.is_ok() && found.2.is_ok());
+        assert_eq!(begun.load(Ordering::Relaxed), 2);
+    }
 
     #[test]
     fn what_has_bytes_of_a_device_is_found_and_its_neighbour_is_not() {

@@ -178,6 +178,16 @@ fn a_pool_says_where_it_is_and_how_much_room_there_is() {
     assert_eq!(logical.target_path().as_deref(), Some("/dev/vg"));
 }
 
+/// Who stops such a pool asks for guests that run on it.
+#[test]
+fn what_is_mounted_for_a_pool_goes_from_the_host_when_it_is_stopped() {
+    let pools = documents("pool").into_iter().map(|(_, text)| PoolDef::parse(&text).unwrap());
+    let mounted: Vec<PoolKind> = pools.filter(|def| def.mounted_source().is_some()).map(|def| def.kind).collect();
+    assert!(mounted.contains(&PoolKind::Fs) && mounted.contains(&PoolKind::Netfs), "{mounted:?}");
+    assert!(mounted.iter().all(|kind| kind.is_attached()), "{mounted:?}");
+    assert!(PoolKind::Logical.is_attached() && !PoolKind::Dir.is_attached());
+}
+
 /// What only tells of a volume that is there is no part of one that is to be made.
 #[test]
 fn facts_of_a_volume_are_forgotten() {
