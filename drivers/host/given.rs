@@ -148,7 +148,7 @@ pub async fn pour_in(
         let place = Pouring { at, most: bytes, stopped, gate: &passes, progress: &progress };
         // Whoever serves a file of its own may never answer that: it is asked here, where nobody else waits.
         if matches!(most, Most::Within(_)) && length_left(&from).is_some_and(|left| left > bytes) {
-            return Err(io::Error::other(format!("it has more than the {bytes} bytes that there is room for")));
+            return Err(too_long());
         }
         // To look for holes moves it.
         let base = if sparse { Some(seekable(&from)?) } else { None };
@@ -168,6 +168,11 @@ pub async fn pour_in(
             Err(io::ErrorKind::Interrupted.into())
         }
     }
+}
+
+/// What a client gives is longer than what it is to be written into.
+fn too_long() -> io::Error {
+    io::Error::other("it has more bytes than there is place for")
 }
 
 /// What each write to a file of ours passes. A read of a client's file may take as long as that client likes, and what it gives
@@ -281,7 +286,7 @@ impl Pouring<'_> {
             };
             match read {
                 Ok(0) => return Ok(()),
-                Ok(_) => return Err(io::Error::other("it has more bytes than there is place for")),
+                Ok(_) => return Err(too_long()),
                 Err(Errno::AGAIN | Errno::INTR) => leave_alone(self.stopped)?,
                 Err(error) => return Err(error.into()),
             }
@@ -605,7 +610,7 @@ mod tests {
             pour_in(from, to, 0, Most::Within(most), false, &CancellationToken::new(), |_| Ok(())).await
         };
         let refused = pour(3).await.unwrap_err().to_string();
-        assert!(refused.contains("more than the 3 bytes"), "{refused}");
+        assert!(refused.contains("more bytes than"), "{refused}");
         assert_eq!(ours.metadata().unwrap().len(), 0);
         assert_eq!(pour(4).await.unwrap(), 4);
         assert_eq!(ours.metadata().unwrap().len(), 4);
