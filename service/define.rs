@@ -9,7 +9,7 @@ use crate::facts::ConfigFacts;
 use crate::job::Ticket;
 use crate::log;
 use crate::registry::{Claimed, check_new_name};
-use crate::store::{Ended, Note, on_disk};
+use crate::store::{DraftToCome, Ended, Note, on_disk};
 use crate::stored::StoredDef;
 use crate::verb::{self, Verb};
 use std::sync::Arc;
@@ -32,7 +32,8 @@ impl Service {
     }
 
     async fn define_inner(&self, caller: &Caller, xml: &str, validate: bool) -> Result<Arc<Domain>> {
-        let Accepted { def, stored, driver, claimed } = self.accept(caller, xml, &[&verb::DEFINE], validate).await?;
+        let accepted = self.accept(caller, xml, &[&verb::DEFINE], Purpose::Keep { validate }).await?;
+        let Accepted { def, stored, driver, claimed, draft } = accepted;
         match claimed {
             Claimed::Existing(domain) => {
                 domain.redefine(&def, stored).await?;
@@ -40,7 +41,7 @@ impl Service {
             }
             Claimed::New => {
                 let domain = self.new_domain(caller, driver, &def, Some(stored.clone())).await?;
-                if let Err(e) = domain.store(stored, &def.name).await {
+                if let Err(e) = domain.store_first(stored, draft).await {
                     self.domains.remove(def.uuid, &def.name, caller.uid);
                     return Err(e);
                 }
@@ -75,7 +76,7 @@ impl Service {
         xml: &str,
         verbs: &[&Verb],
     ) -> Result<(Arc<DomainDef>, Arc<Domain>)> {
-        let Accepted { def, driver, claimed, .. } = self.accept(caller, xml, verbs, false).await?;
+        let Accepted { def, driver, claimed, .. } = self.accept(caller, xml, verbs, Purpose::Start).await?;
         let domain = match claimed {
             Claimed::Existing(domain) => domain,
             Claimed::New => {
@@ -131,7 +132,7 @@ impl Service {
         }
         // What is refused as it is, is not kept: whether it could be read again then is not worth the room.
         if findings.iter().all(|finding| finding.kind != FindingKind::Invalid)
-            && let Err(Error::ConfigInvalid(found)) = readable(&def, &seat).await
+            && let Err(Error::ConfigInvalid(found)) = readable(written(&def, &seat).await, &seat).await
         {
             add_findings(&mut findings, found);
         }
@@ -172,7 +173,7 @@ impl Service {
     }
 
     /// Reads a document, asks for permission for all of `verbs`, completes it, and claims its name and uuid.
-    async fn accept(&self, caller: &Caller, xml: &str, verbs: &[&Verb], validate: bool) -> Result<Accepted> {
+    async fn accept(&self, caller: &Caller, xml: &str, verbs: &[&Verb], purpose: Purpose) -> Result<Accepted> {
         let mut seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
@@ -206,9 +207,14 @@ impl Service {
         })?;
         let mut def = Arc::new(def);
         self.shared.images.declare(&mut def);
+        let validate = purpose == Purpose::Keep { validate: true };
+        let text = written(&def, &seat).await;
+        // It is written while it is looked at. One that is there already may change until it is its turn.
+        let drafts = purpose != Purpose::Start && existing.is_none();
+        let draft = drafts.then(|| self.draft(caller, &*driver, &def, text.clone()));
         // What can be refused without a look at files is refused before.
         let looks = async { if validate { Ok(()) } else { self.look(&*driver, &def).await } };
-        let ((stored, read), ()) = tokio::try_join!(readable(&def, &seat), looks)?;
+        let ((stored, read), ()) = tokio::try_join!(readable(text, &seat), looks)?;
         self.shared.readings.keep(&stored, Arc::new(read));
         let stored = Arc::new(stored);
         if validate {
@@ -223,7 +229,7 @@ impl Service {
         }
         let limit = self.shared.limits.domains_per_user;
         let claimed = self.domains.claim_as_seen(def.uuid, &def.name, caller.uid, limit, existing.as_ref())?;
-        Ok(Accepted { def, stored, driver, claimed })
+        Ok(Accepted { def, stored, driver, claimed, draft })
     }
 
     /// Whether a caller may do all of this. Asks nobody.
@@ -288,6 +294,14 @@ impl Service {
         Ok(Domain::new(&self.shared, &self.domains, seed))
     }
 
+    /// Begins to write what is stored first of a domain; nobody waits for it.
+    fn draft(&self, caller: &Caller, driver: &dyn Driver, def: &DomainDef, text: String) -> DraftToCome {
+        let (name, driver) = (def.name.clone(), driver.name().to_owned());
+        let note = Note { owner: caller.uid, autostart: false, name, driver };
+        let (shared, uuid) = (self.shared.clone(), def.uuid);
+        tokio::spawn(on_disk(move || shared.store.draft_definition(uuid, text, &note)))
+    }
+
     fn driver_for(&self, kind: &str) -> Result<Arc<dyn Driver>> {
         match self.shared.driver_for(kind) {
             Some(driver) => Ok(driver.clone()),
@@ -322,6 +336,17 @@ struct Accepted {
     driver: Arc<dyn Driver>,
     /// Its name and uuid.
     claimed: Claimed<Domain>,
+    /// Its first text and note, which are being written.
+    draft: Option<DraftToCome>,
+}
+
+/// What becomes of a document.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Purpose {
+    /// It is stored; `validate`: only what could run.
+    Keep { validate: bool },
+    /// It is run.
+    Start,
 }
 
 /// What a machine needs of the host and is not there now. Permission to name files has been given.
@@ -357,10 +382,14 @@ fn keep_hidden(def: &mut DomainDef, existing: Option<&Domain>) -> Result<(), Vec
     def.keep_hidden(&known.iter().map(|def| &**def).collect::<Vec<_>>())
 }
 
-/// The configuration as it is stored, with what is read of it then; refuses one that could not be read again as it would be
-/// stored and shown.
-async fn readable(def: &Arc<DomainDef>, seat: &Seat) -> Result<(StoredDef, DomainDef)> {
+/// The configuration as it is stored.
+async fn written(def: &Arc<DomainDef>, seat: &Seat) -> String {
     let def = def.clone();
-    let written = seat.work(move || StoredDef::write(&def, Limits::ACCEPTED)).await;
-    written.map_err(|message| Error::ConfigInvalid(vec![Finding::anywhere(FindingKind::Invalid, "/", message)]))
+    seat.work(move || StoredDef::text_of(&def)).await
+}
+
+/// That, with what is read of it; refuses what could not be read again as it would be stored and shown.
+async fn readable(text: String, seat: &Seat) -> Result<(StoredDef, DomainDef)> {
+    let read = seat.work(move || StoredDef::read_back(&text, Limits::ACCEPTED)).await;
+    read.map_err(|message| Error::ConfigInvalid(vec![Finding::anywhere(FindingKind::Invalid, "/", message)]))
 }

@@ -28,7 +28,7 @@ mod snapshots;
 mod status;
 
 pub(crate) use autostart::Autostarting;
-pub(crate) use documents::{Documents, Folder, FoundDocument};
+pub(crate) use documents::{Documents, DraftedDocument, Folder, FoundDocument};
 pub(crate) use files::Unsynced;
 pub(crate) use snapshots::{Backup, BlockRecord, Current, Deed, Intent, Loaded, Record};
 pub(crate) use status::{Adjusting, Status, StatusFile, StoredChange};
@@ -37,7 +37,7 @@ use crate::error::{Error, Result};
 use crate::stored::StoredDef;
 use crate::time::now_usec;
 use files::{
-    change_all, json, read_bytes, read_json, remove, remove_unfinished, replace, replace_at_once, replace_json,
+    Draft, change_all, json, read_bytes, read_json, remove, remove_unfinished, replace, replace_at_once, replace_json,
     sync_folder, unlink,
 };
 use serde::{Deserialize, Serialize};
@@ -61,6 +61,9 @@ pub struct Paths {
     /// The hypervisors' output.
     pub log: PathBuf,
 }
+
+/// A configuration's text and note that are being written.
+pub(crate) type DraftToCome = tokio::task::JoinHandle<Result<DraftedDocument>>;
 
 /// What XML has no word for.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -175,6 +178,22 @@ impl Store {
     /// Stores a configuration and its note.
     pub fn save_definition(&self, uuid: Uuid, stored: &StoredDef, note: &Note) -> Result<()> {
         self.definitions().save(uuid, &stored.text(), note)
+    }
+
+    /// Has a configuration's text and note on disk, for [`Store::put_definition`].
+    pub fn draft_definition(&self, uuid: Uuid, text: String, note: &Note) -> Result<DraftedDocument> {
+        self.definitions().draft(uuid, text, note)
+    }
+
+    /// As [`Store::save_definition`], of a domain of which none is stored; with what was drafted where that is the same.
+    pub fn put_definition(
+        &self,
+        draft: Option<DraftedDocument>,
+        uuid: Uuid,
+        stored: &StoredDef,
+        note: &Note,
+    ) -> Result<()> {
+        self.definitions().put(draft, uuid, &stored.text(), note)
     }
 
     pub fn save_note(&self, uuid: Uuid, note: &Note) -> Result<()> {

@@ -59,12 +59,22 @@ impl StoredDef {
 
     /// Writes a definition down; with what is read when it is read again. Error: why it could not be, within `limits`.
     pub fn write(def: &DomainDef, limits: Limits) -> Result<(StoredDef, DomainDef), String> {
+        StoredDef::read_back(&StoredDef::text_of(def), limits)
+    }
+
+    /// The text as which a definition is stored.
+    pub fn text_of(def: &DomainDef) -> String {
         let mut without = None;
         if def.places_volumes() {
             without.insert(def.clone()).forget_places_of_volumes();
         }
-        let (text, read) = without.as_ref().unwrap_or(def).written_and_read(Form::STORED, limits)?;
-        Ok((StoredDef::new(&read, &text), read))
+        without.as_ref().unwrap_or(def).write(Form::STORED)
+    }
+
+    /// What is read of such a text; error: why it cannot be, within `limits`.
+    pub fn read_back(text: &str, limits: Limits) -> Result<(StoredDef, DomainDef), String> {
+        let read = DomainDef::read_back(text, limits)?;
+        Ok((StoredDef::new(&read, text), read))
     }
 
     /// What stands for a configuration that cannot be used.

@@ -25,6 +25,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawF
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{OnceLock, PoisonError, RwLock, mpsc};
+use std::time::Duration;
 
 /// Descriptors of virtd's own there are at most so many; fewer where it may have fewer in all.
 const MOST_OWN: u64 = 1 << 15;
@@ -227,6 +228,53 @@ pub fn made<G: Send, P: Send, T>(
         drop(done);
         followed
     })
+}
+
+/// As [`made`], of a process that has our memory at first. `make` calls what it is given with its number as soon as there is one,
+/// and returns when that has run its program or ended: `follow` does in the meantime what is to be done with it, and where that
+/// fails sees to its end. The thread lives until then, for a process may end with the thread that made it. Then `finish` has what
+/// `follow` gave, and what was `given`, with which the thread has nothing more: when that is dropped nobody but the process has it.
+/// A process that takes longer than `within` from what `follow` did is a failure, and what `follow` gave is dropped. Blocks.
+pub fn made_by_vfork<G: Send, F, T>(
+    mut given: G,
+    make: impl FnOnce(&mut G, Born) -> io::Result<()> + Send,
+    follow: impl FnOnce(libc::pid_t) -> io::Result<F>,
+    within: Duration,
+    finish: impl FnOnce(F, G) -> io::Result<T>,
+) -> io::Result<T> {
+    let (born, is_born) = mpsc::channel();
+    let (done, is_done) = mpsc::channel();
+    let failed = || io::Error::other("the thread that makes a process failed");
+    std::thread::scope(|scope| {
+        let making = move || {
+            let made = leave().and_then(|left| {
+                let made = make(&mut given, Born(born));
+                left.let_go();
+                made
+            });
+            let _ = done.send((made, given));
+        };
+        std::thread::Builder::new().name("maker".into()).spawn_scoped(scope, making)?;
+        // Where there is none, what follows says why.
+        let followed = is_born.recv().map(follow).ok().transpose()?;
+        let (made, given) = is_done.recv_timeout(within).map_err(|error| match error {
+            mpsc::RecvTimeoutError::Timeout => {
+                io::Error::new(io::ErrorKind::TimedOut, "its process does not come to run the program")
+            }
+            mpsc::RecvTimeoutError::Disconnected => failed(),
+        })?;
+        made.and_then(|()| finish(followed.ok_or_else(failed)?, given))
+    })
+}
+
+/// Tells of a process in the moment in which there is one.
+pub struct Born(mpsc::Sender<libc::pid_t>);
+
+impl Born {
+    /// Its number.
+    pub fn tell(self, number: libc::pid_t) {
+        let _ = self.0.send(number);
+    }
 }
 
 /// Starts a program whose streams are none, or open already: pipes that this made (`Stdio::piped`) would be lost.

@@ -60,6 +60,7 @@ pub mod usage;
 pub mod usb;
 pub mod user;
 pub mod vf;
+mod vfork;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod vsock;
 #[allow(clippy::disallowed_methods, reason = "the folders of the host itself that every guest is shown, and /proc")]

@@ -1,8 +1,8 @@
 //! Makes a process that outlives us, with nothing inherited but what it is given, and none that we could lose.
 //!
 //! ```text
-//!   us:     wall ─▶ fork ──▶ pidfd, start time ──▶ record on disk ──▶ "go" ──▶ wait for exec or its error
-//!   child:           └─▶ descriptors, session, limits, user ─▶ wait ─────┴──▶ exec
+//!   us:     wall ─▶ vfork ─▶ pidfd, start time ──▶ record on disk ──▶ "go" ──▶ wait for exec or its end
+//!   child:            └─▶ descriptors, session, limits, user ─▶ wait ────┴──▶ exec
 //! ```
 //!
 //! The wall ([`super::wall`]) is put up in the thread that forks; the child is behind it from its first moment, and in the
@@ -10,22 +10,27 @@
 //!
 //! Until "go" the child dies with us: the kernel kills it, and a closed pipe ends it. From "go" on the record says who it
 //! is. So at every moment a virtd that is killed leaves either no process or one that the next virtd can find.
+//!
+//! Until its program runs the child has our memory ([`vfork`]), in which it leaves why it failed. It is killed only where it does
+//! not end by itself.
 
-use super::apart;
+use super::apart::{self, Born};
 use super::files::Program;
 use super::process::{self, Identity, kill};
 use super::ready::ready_by;
 use super::tool::limit;
 use super::user::RunAs;
+use super::vfork::vfork;
 use super::wall::{self, Ground, Maker, Wall};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use std::ffi::{CString, OsStr};
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// What to run.
@@ -40,7 +45,7 @@ pub struct Plan<'a> {
     pub env: &'a [(String, String)],
     /// Becomes its standard output and error.
     pub output: &'a File,
-    /// Become its descriptors of these numbers, each other than 0, 1, 2, 4, 5 and below 198.
+    /// Become its descriptors of these numbers, each other than 0, 1, 2, 4 and below 198.
     pub gifts: Vec<(RawFd, OwnedFd)>,
     /// Whom it runs as; as we do if `None`.
     pub user: Option<&'a RunAs>,
@@ -92,9 +97,8 @@ pub struct Spawned {
     pub fd: OwnedFd,
 }
 
-/// The child's end of each pipe.
+/// The child's end of the pipe by which it is told to go.
 const GO: RawFd = 4;
-const ERROR: RawFd = 5;
 /// The program, where it was judged before.
 const PROGRAM: RawFd = 199;
 /// Copies are made above here, so that none is in another's place.
@@ -106,10 +110,10 @@ const THREADS: libc::rlim_t = 4096;
 /// How long a child may take from "go" to its program.
 const UNTIL_IT_RUNS: Duration = Duration::from_secs(30);
 
-/// What the child says first where its wall could not be made; the rest is why.
-const WALL: u8 = 0xff;
+/// How long a child that is not to go may take to end by itself: it has put up its wall by then.
+const UNTIL_IT_ENDS: Duration = Duration::from_secs(5);
 
-/// Where the child failed, as it says in one byte.
+/// What a child may have failed to do.
 const STAGES: [&str; 7] = [
     "set up its descriptors",
     "set up its session",
@@ -140,6 +144,8 @@ struct Prepared {
     few_threads: bool,
     /// Who must be its parent; in a process namespace of its own it has none.
     parent: libc::pid_t,
+    /// Why it did not come to run its program.
+    failure: OnceLock<Failure>,
     /// What `argv` and `envp` point into.
     _strings: Vec<CString>,
 }
@@ -147,58 +153,51 @@ struct Prepared {
 // SAFETY: the pointers are to its own strings, which nobody changes.
 unsafe impl Send for Prepared {}
 
+/// Why a child failed.
+enum Failure {
+    /// Its wall could not be made.
+    Wall(io::Error),
+    /// It could not do that one of [`STAGES`].
+    Stage(usize, io::Error),
+}
+
 /// Starts the process. `record` is called with its identity, and must have it on disk when it returns, before the
 /// program runs. Blocks until the program runs; the calling thread must live that long. On error there is no process.
 pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -> io::Result<Spawned> {
     let (program, wall, ground, join) = (plan.program.to_owned(), plan.wall, plan.ground, plan.join);
     let (go_child, go) = pipe()?;
-    let (error, error_child) = pipe()?;
-    let prepared = Prepared::new(plan, go_child, error_child)?;
+    let prepared = Prepared::new(plan, go_child)?;
     let release = |pid| {
-        let child = Child(Some(adopt(pid)?));
-        child.with(|spawned| record(&spawned.identity))?;
-        // One that has failed by now says why.
-        let gone = File::from(go).write_all(b"!");
-        match read_report(&mut File::from(error))?.as_slice() {
-            [] => gone.and_then(|()| child.release()),
-            report => Err(explain(&program, report)),
-        }
+        let mut child = Child { spawned: Some(adopt(pid)?), go: Some(go.into()) };
+        child.record(record)?;
+        child.let_go();
+        Ok(child)
     };
-    let fork = |prepared: &Prepared| match wall {
-        None => prepared.fork(),
+    let fork = |prepared: &mut Prepared, born: Born| match wall {
+        None => prepared.fork(born),
         Some(wall) if wall.maker == Maker::Own => {
-            let forked = wall::fork(wall, |ready| match ready {
-                Ok(()) => prepared.exec(),
-                Err(why) => prepared.refuse(&why),
-            });
-            forked.map_err(|e| unwalled(&program, &e))
+            let forked = wall::fork(
+                wall,
+                |pid| born.tell(pid),
+                |ready| match ready {
+                    Ok(()) => prepared.exec(),
+                    Err(why) => prepared.fail(Failure::Wall(why)),
+                },
+            );
+            forked.map(drop).map_err(|e| unwalled(&program, &e))
         }
         Some(wall) => {
             join();
-            wall.enter(ground).and_then(|()| prepared.fork()).map_err(|e| unwalled(&program, &e))
+            wall.enter(ground).map_err(|e| unwalled(&program, &e))?;
+            prepared.fork(born)
         }
     };
+    let finish = |child: Child, prepared: Prepared| match prepared.failure.into_inner() {
+        None => child.release(),
+        Some(failure) => Err(failure.explain(&program)),
+    };
     // Until it is told to go, the child dies with the thread that made it.
-    apart::made(prepared, |prepared| fork(prepared), release)
-}
-
-/// What the child says until its program runs.
-fn read_report(error: &mut File) -> io::Result<Vec<u8>> {
-    let (mut report, until) = (Vec::new(), Instant::now() + UNTIL_IT_RUNS);
-    loop {
-        let [is_ready] = ready_by([error.as_fd()], until)?;
-        let mut some = [0; 512];
-        match (is_ready, report.len() < 4096) {
-            (false, _) => {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "its process does not come to run the program"));
-            }
-            (_, false) => return Ok(report),
-            _ => match error.read(&mut some)? {
-                0 => return Ok(report),
-                read => report.extend_from_slice(&some[..read]),
-            },
-        }
-    }
+    apart::made_by_vfork(prepared, fork, release, UNTIL_IT_RUNS, finish)
 }
 
 fn unwalled(program: &Path, why: &dyn std::fmt::Display) -> io::Error {
@@ -217,39 +216,57 @@ fn adopt(pid: libc::pid_t) -> io::Result<Spawned> {
     }
 }
 
-/// A child that is killed unless it is released.
-struct Child(Option<Spawned>);
+/// A child that is ended unless it is released.
+struct Child {
+    spawned: Option<Spawned>,
+    /// What it waits for.
+    go: Option<File>,
+}
 
 impl Child {
-    fn with<T>(&self, work: impl FnOnce(&Spawned) -> io::Result<T>) -> io::Result<T> {
-        self.0.as_ref().map_or_else(|| Err(io::Error::other("the child was released")), work)
+    fn record(&self, record: impl FnOnce(&Identity) -> io::Result<()>) -> io::Result<()> {
+        self.spawned.as_ref().map_or_else(|| Err(released()), |spawned| record(&spawned.identity))
+    }
+
+    /// Lets it run its program. One that has failed by now has said why.
+    fn let_go(&mut self) {
+        let _ = self.go.take().map(|mut go| go.write_all(b"!"));
     }
 
     fn release(mut self) -> io::Result<Spawned> {
-        self.0.take().ok_or_else(|| io::Error::other("the child was released"))
+        self.spawned.take().ok_or_else(released)
     }
+}
+
+fn released() -> io::Error {
+    io::Error::other("the child was released")
 }
 
 impl Drop for Child {
     fn drop(&mut self) {
-        if let Some(spawned) = &self.0 {
-            kill(&spawned.fd);
+        let Some(Spawned { fd, .. }) = &self.spawned else { return };
+        // It may have a lock of ours: it is killed only where it hangs in the kernel.
+        if self.go.take().is_some() {
+            let _ = ready_by([fd.as_fd()], Instant::now() + UNTIL_IT_ENDS);
         }
+        kill(fd);
     }
 }
 
-/// What the child reported: a stage and an error number.
-fn explain(program: &Path, report: &[u8]) -> io::Error {
-    if let [WALL, why @ ..] = report {
-        return unwalled(program, &String::from_utf8_lossy(why));
+impl Failure {
+    fn explain(self, program: &Path) -> io::Error {
+        let (stage, why) = match self {
+            Failure::Wall(why) => return unwalled(program, &why),
+            Failure::Stage(stage, why) => (STAGES.get(stage).unwrap_or(&"start"), why),
+        };
+        let locked = *stage == "set its limits" && why.kind() == io::ErrorKind::PermissionDenied;
+        let remedy = if locked {
+            "; the limit of locked memory, which guests inherit from virtd, is too low for it"
+        } else {
+            ""
+        };
+        io::Error::new(why.kind(), format!("{} cannot {stage}: {why}{remedy}", program.display()))
     }
-    let stage = report.first().and_then(|stage| STAGES.get(usize::from(*stage))).unwrap_or(&"start");
-    let number = report.get(1..5).and_then(|n| n.try_into().ok()).map(i32::from_ne_bytes);
-    let why = number.map_or_else(|| io::Error::other("it was cut off"), io::Error::from_raw_os_error);
-    let locked = *stage == "set its limits" && why.kind() == io::ErrorKind::PermissionDenied;
-    let remedy =
-        if locked { "; the limit of locked memory, which guests inherit from virtd, is too low for it" } else { "" };
-    io::Error::new(why.kind(), format!("{} cannot {stage}: {why}{remedy}", program.display()))
 }
 
 /// Both ends, not inherited, out of the way of the child's places.
@@ -269,7 +286,7 @@ fn string(bytes: &OsStr) -> io::Result<CString> {
 }
 
 impl Prepared {
-    fn new(plan: Plan<'_>, go: OwnedFd, error: OwnedFd) -> io::Result<Prepared> {
+    fn new(plan: Plan<'_>, go: OwnedFd) -> io::Result<Prepared> {
         let program = string(plan.program.as_os_str())?;
         let args = plan.args.iter().map(|arg| string(OsStr::new(arg))).collect::<io::Result<Vec<_>>>()?;
         let env = plan.env.iter().map(|(key, value)| string(OsStr::new(&format!("{key}={value}"))));
@@ -280,9 +297,9 @@ impl Prepared {
         let envp = [pointers(&env), vec![ptr::null()]].concat();
         let mut places =
             vec![(above(&File::open("/dev/null")?)?, 0), (above(plan.output)?, 1), (above(plan.output)?, 2)];
-        places.extend([(go, GO), (error, ERROR)]);
+        places.push((go, GO));
         for (place, gift) in &plan.gifts {
-            if (0..=2).contains(place) || [GO, ERROR].contains(place) || *place >= wall::PTMX {
+            if (0..=2).contains(place) || *place == GO || *place >= wall::PTMX {
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("descriptor {place} is taken")));
             }
             places.push((above(gift)?, *place));
@@ -313,18 +330,18 @@ impl Prepared {
             few_threads: plan.user.is_some() || alone,
             // SAFETY: getpid has no conditions.
             parent: if alone { 0 } else { unsafe { libc::getpid() } },
+            failure: OnceLock::new(),
             _strings: args.into_iter().chain(env).collect(),
         })
     }
 
-    /// Makes the child.
-    fn fork(&self) -> io::Result<libc::pid_t> {
-        // SAFETY: the child calls only `Prepared::exec`, which does system calls on memory prepared here and never returns.
-        match unsafe { libc::fork() } {
-            -1 => Err(io::Error::last_os_error()),
-            0 => self.exec(),
-            pid => Ok(pid),
-        }
+    /// Makes the child; returns when it has run its program or ended.
+    fn fork(&self, born: Born) -> io::Result<()> {
+        let live = |pid| {
+            born.tell(pid);
+            self.exec()
+        };
+        vfork(0, live).map(drop)
     }
 
     /// The child's whole life before the program. System calls only.
@@ -339,7 +356,7 @@ impl Prepared {
         ];
         for (stage, work) in stages.iter().enumerate() {
             if !work(self) {
-                self.fail(stage);
+                self.fail(Failure::Stage(stage, io::Error::last_os_error()));
             }
         }
         // SAFETY: both arrays end with null and their strings live in `self`.
@@ -353,30 +370,14 @@ impl Prepared {
                 }
             }
         };
-        self.fail(STAGES.len() - 1)
+        self.fail(Failure::Stage(STAGES.len() - 1, io::Error::last_os_error()))
     }
 
-    /// Tells that the wall could not be made.
-    fn refuse(&self, why: &io::Error) -> ! {
-        let (text, error) = (why.to_string(), self.places.iter().find(|(_, place)| *place == ERROR));
-        if let Some((error, _)) = error {
-            let _ = rustix::io::write(error, &[&[WALL][..], text.as_bytes()].concat());
-        }
-        // SAFETY: ends this process, and runs nothing.
+    /// Ends the child, and leaves why.
+    fn fail(&self, why: Failure) -> ! {
+        let _ = self.failure.set(why);
+        // SAFETY: ends this process, and runs nothing of what its thread would run at an end.
         unsafe { libc::_exit(127) }
-    }
-
-    fn fail(&self, stage: usize) -> ! {
-        // SAFETY: errno is this thread's; the buffer lives across the call; _exit runs nothing.
-        unsafe {
-            let number = (*libc::__errno_location()).to_ne_bytes();
-            let report = [stage as u8, number[0], number[1], number[2], number[3]];
-            // Its place if it has been taken, else where it came from.
-            let from = self.places.iter().find(|(_, place)| stage == 0 && *place == ERROR);
-            let fd = from.map_or(ERROR, |(from, _)| from.as_raw_fd());
-            libc::write(fd, report.as_ptr().cast(), report.len());
-            libc::_exit(127)
-        }
     }
 
     /// Takes its own, closes all others.
@@ -388,17 +389,18 @@ impl Prepared {
         // SAFETY: as above; sources are all above the places.
         let own = unsafe {
             self.places.iter().all(|(from, place)| libc::dup2(from.as_raw_fd(), *place) >= 0)
-                && [GO, ERROR].iter().all(|fd| libc::fcntl(*fd, libc::F_SETFD, libc::FD_CLOEXEC) >= 0)
+                && libc::fcntl(GO, libc::F_SETFD, libc::FD_CLOEXEC) >= 0
                 && (self.by_descriptor != Some(false) || libc::fcntl(PROGRAM, libc::F_SETFD, libc::FD_CLOEXEC) >= 0)
         };
         own && self.gaps.iter().all(close)
     }
 
-    /// Its own session, no signal blocked, none ignored (Rust ignores SIGPIPE) but that of a file that has become too long:
-    /// where that is a log which others fill, the process goes on.
+    /// Its own session, no signal blocked, none handled as ours are, none ignored (Rust ignores SIGPIPE) but that of a file that has
+    /// become too long: where that is a log which others fill, the process goes on.
     fn new_session(&self) -> bool {
         // SAFETY: plain system calls on a zeroed set, which is how an empty one looks after sigemptyset.
         unsafe {
+            (1..=libc::SIGRTMAX()).for_each(not_ours);
             let mut none: libc::sigset_t = std::mem::zeroed();
             libc::sigemptyset(&mut none);
             let too_long = if self.file_limit.is_some() { libc::SIG_IGN } else { libc::SIG_DFL };
@@ -429,15 +431,17 @@ impl Prepared {
 
     fn change_user(&self) -> bool {
         let Some(user) = &self.user else { return true };
-        // SAFETY: this process has one thread; the slice lives in `self`. The last of the capabilities is not known: the
-        // kernel refuses what is beyond it.
+        // The kernel's own calls: by the C library's our threads would change with it. While it is another's with our memory,
+        // nobody but root may look into that, as into any process that has changed its user.
+        // SAFETY: changes properties of this process; the slice lives in `self`. The last of the capabilities is not known:
+        // the kernel refuses what is beyond it.
         unsafe {
             (0..=63).all(|right| {
                 libc::prctl(libc::PR_CAPBSET_READ, right, 0, 0, 0) != 1
                     || libc::prctl(libc::PR_CAPBSET_DROP, right, 0, 0, 0) == 0
-            }) && libc::setgroups(user.groups.len(), user.groups.as_ptr()) == 0
-                && libc::setresgid(user.gid, user.gid, user.gid) == 0
-                && libc::setresuid(user.uid, user.uid, user.uid) == 0
+            }) && libc::syscall(libc::SYS_setgroups, user.groups.len(), user.groups.as_ptr()) == 0
+                && libc::syscall(libc::SYS_setresgid, user.gid, user.gid, user.gid) == 0
+                && libc::syscall(libc::SYS_setresuid, user.uid, user.uid, user.uid) == 0
         }
     }
 
@@ -465,6 +469,18 @@ impl Prepared {
                 -1 if unsafe { *libc::__errno_location() } == libc::EINTR => {}
                 _ => unsafe { libc::_exit(127) },
             }
+        }
+    }
+}
+
+/// A signal that we handle does to the calling process what it does to any.
+fn not_ours(signal: libc::c_int) {
+    // SAFETY: changes a property of this process; zeroes are a valid action.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        let known = libc::sigaction(signal, ptr::null(), &raw mut action) == 0;
+        if known && ![libc::SIG_DFL, libc::SIG_IGN].contains(&action.sa_sigaction) {
+            libc::signal(signal, libc::SIG_DFL);
         }
     }
 }

@@ -5,7 +5,9 @@ use crate::host::access::LentFile;
 use crate::host::process::{End, Process, reap};
 use crate::host::test_program::script;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::io::Read;
 use std::os::unix::net::UnixListener;
+use std::task::Poll;
 
 fn plan<'a>(args: &'a [String], env: &'a [(String, String)], output: &'a File) -> Plan<'a> {
     let gift = || UnixListener::bind_addr(&abstract_address()).unwrap().into();
@@ -127,6 +129,26 @@ async fn runs_as_the_user() {
     let said = text(&output);
     assert!(said.starts_with(&format!("{}\n{}\n", nobody.uid, nobody.gid)), "{said}");
     assert_eq!(said.matches("0000000000000000").count(), 2, "{said}");
+    let others = std::thread::spawn(nix::unistd::geteuid).join().unwrap();
+    assert!(others.is_root() && nix::unistd::geteuid().is_root(), "it had our memory, and we have our rights");
+}
+
+/// Its memory is ours until it runs its program, and what we do on a signal is not what it does.
+#[tokio::test]
+async fn a_signal_to_the_waiting_child_is_not_taken_for_ours() {
+    let mut ours = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::user_defined2()).unwrap();
+    let (output, args) = (tempfile::tempfile().unwrap(), shell("exit 0"));
+    let spawned = spawn(plan(&args, &[], &output), |identity| {
+        // Before that it is held back.
+        let status = format!("/proc/{}/status", identity.pid);
+        while !std::fs::read_to_string(&status)?.contains("SigBlk:\t0000000000000000") {
+            std::thread::yield_now();
+        }
+        let pid = Pid::from_raw(identity.pid).unwrap();
+        Ok(rustix::process::kill_process(pid, rustix::process::Signal::USR2)?)
+    });
+    assert_eq!(end(spawned.unwrap()).await, End::Signal(libc::SIGUSR2));
+    assert!(std::future::poll_fn(|context| Poll::Ready(ours.poll_recv(context))).await.is_pending(), "not to us");
 }
 
 /// A program that dies with SIGKILL while its child waits for "go" leaves no process. Acted out with a child of ours in

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::events::Event;
 use crate::facts::PUBLISHED;
 use crate::lock::lock;
-use crate::store::{Note, on_disk};
+use crate::store::{DraftToCome, Note, on_disk};
 use crate::stored::StoredDef;
 use crate::verb::{self, Verb};
 use std::sync::Arc;
@@ -356,6 +356,17 @@ impl Domain {
             shared.store.save_definition(uuid, &stored, &note)
         };
         on_disk(save).await
+    }
+
+    /// Puts the first that is stored of it on disk; `draft` is that, being written.
+    pub(crate) async fn store_first(&self, stored: Arc<StoredDef>, draft: Option<DraftToCome>) -> Result<()> {
+        let drafted = match draft {
+            Some(draft) => draft.await.ok().transpose()?,
+            None => None,
+        };
+        let note = lock(&self.state).note(self.owner, &*self.driver);
+        let (shared, uuid) = (self.shared.clone(), self.uuid);
+        on_disk(move || shared.store.put_definition(drafted, uuid, &stored, &note)).await
     }
 
     /// Notes the configuration of what runs; a guest that has just ended needs no note.

@@ -1,7 +1,7 @@
 //! Documents of one kind of object: a folder with `<uuid>.xml`, whose presence makes the object persistent, and beside each
 //! `<uuid>.json`, what XML has no word for. Domains, networks, pools and secrets are kept so.
 
-use super::{change_all, json, read_bytes, read_json, remove, replace_json, uuids};
+use super::{Draft, change_all, json, read_bytes, read_json, remove, replace_json, uuids};
 use crate::error::{Error, Result};
 use serde::{Serialize, de::DeserializeOwned};
 use std::path::{Path, PathBuf};
@@ -44,11 +44,36 @@ pub(crate) struct FoundDocument<N> {
     pub note: N,
 }
 
+/// A document and its note on disk, not in their places. Dropped before that, they are gone.
+#[derive(Debug)]
+pub(crate) struct DraftedDocument {
+    draft: Draft,
+    uuid: Uuid,
+    text: String,
+    note: Vec<u8>,
+}
+
 impl Documents {
     /// Stores a document and its note; the note first, so that a document never lacks one.
     pub fn save(&self, uuid: Uuid, text: &str, note: &impl Serialize) -> Result<()> {
         let note = json(note)?;
         change_all(&self.0, &[(&format!("{uuid}.json"), &note), (&format!("{uuid}.xml"), text.as_bytes())], &[])
+    }
+
+    /// Has a document and its note on disk, to be put in their places by [`Documents::put`].
+    pub fn draft(&self, uuid: Uuid, text: String, note: &impl Serialize) -> Result<DraftedDocument> {
+        let note = json(note)?;
+        let files: [(&str, &[u8]); 2] = [(&format!("{uuid}.json"), &note), (&format!("{uuid}.xml"), text.as_bytes())];
+        Ok(DraftedDocument { draft: Draft::write(&self.0, &files)?, uuid, text, note })
+    }
+
+    /// As [`Documents::save`], of an object of which nothing is stored; with a draft where that is of all this.
+    pub fn put(&self, draft: Option<DraftedDocument>, uuid: Uuid, text: &str, note: &impl Serialize) -> Result<()> {
+        let as_drafted = json(note)?;
+        match draft.filter(|draft| (draft.uuid, &*draft.text, &draft.note) == (uuid, text, &as_drafted)) {
+            Some(drafted) => drafted.draft.put(&[]),
+            None => self.save(uuid, text, note),
+        }
     }
 
     /// Stores a note.
@@ -151,6 +176,26 @@ mod tests {
     #[derive(Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
     struct Note {
         owner: u32,
+    }
+
+    #[test]
+    fn what_is_drafted_is_found_when_it_is_put_and_only_as_it_is_to_be() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let documents = Documents(folder.path().to_owned());
+        let [one, other] = [1, 2].map(Uuid::from_u128);
+        let draft = |owner| documents.draft(one, "<a/>".to_owned(), &Note { owner }).expect("written");
+        let entries = || fs::read_dir(folder.path()).expect("a folder").count();
+        drop(draft(7));
+        assert_eq!(entries(), 0, "it is gone");
+        let drafted = draft(7);
+        assert!(documents.uuids().expect("a folder").is_empty());
+        documents.put(Some(drafted), one, "<a/>", &Note { owner: 7 }).expect("put");
+        documents.put(Some(draft(7)), other, "<b/>", &Note { owner: 8 }).expect("put");
+        let found = documents.load::<Note>().expect("a folder");
+        let found: Vec<_> =
+            found.iter().map(|one| (one.uuid, one.text.as_deref().expect("read"), one.note.owner)).collect();
+        assert_eq!(found, [(one, "<a/>", 7), (other, "<b/>", 8)]);
+        assert_eq!(entries(), 4, "nothing unfinished is left");
     }
 
     #[test]

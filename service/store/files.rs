@@ -92,33 +92,53 @@ pub(super) fn replace_at_once(path: &Path, content: &[u8]) -> Result<Unsynced> {
 /// order. When this returns, all of that is on disk: what is written together costs little more than one of it. One that is
 /// there already as it is to be is left alone.
 pub(super) fn change_all(folder: &Path, files: &[(&str, &[u8])], gone: &[&str]) -> Result<()> {
-    let failed = |name: &str, e: io::Error| Error::from_io("write", &folder.join(name), &e);
-    let mut written = Vec::new();
-    for (name, content) in files {
-        if read_bytes(&folder.join(name)).is_ok_and(|there| there == *content) {
-            continue;
+    let differs =
+        |(name, content): &&(&str, &[u8])| !read_bytes(&folder.join(name)).is_ok_and(|there| there == *content);
+    let changed: Vec<(&str, &[u8])> = files.iter().filter(differs).copied().collect();
+    Draft::write(folder, &changed)?.put(gone)
+}
+
+/// Files of one folder that are on disk and not in their places yet. Dropped before that, they are gone.
+#[derive(Debug)]
+pub(super) struct Draft {
+    folder: PathBuf,
+    files: Vec<(String, tempfile::NamedTempFile)>,
+}
+
+impl Draft {
+    /// Writes them, mode 0600. Blocks until the disk has them.
+    pub fn write(folder: &Path, files: &[(&str, &[u8])]) -> Result<Draft> {
+        let failed = |name: &str, e: io::Error| Error::from_io("write", &folder.join(name), &e);
+        let mut written = Vec::new();
+        for (name, content) in files {
+            let write = || {
+                let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder)?;
+                file.write_all(content)?;
+                Ok(file)
+            };
+            written.push(((*name).to_owned(), write().map_err(|e| failed(name, e))?));
         }
-        let write = || {
-            let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder)?;
-            file.write_all(content)?;
-            Ok(file)
-        };
-        written.push((*name, write().map_err(|e| failed(name, e))?));
+        if written.len() > 1 {
+            // The disk begins with all of them before it is waited for the first: one step of its journal then holds them all.
+            written.iter().for_each(|(_, file)| begin_to_write(file.as_file()));
+        }
+        for (name, file) in &written {
+            file.as_file().sync_data().map_err(|e| failed(name, e))?;
+        }
+        Ok(Draft { folder: folder.to_owned(), files: written })
     }
-    if written.len() > 1 {
-        // The disk begins with all of them before it is waited for the first: one step of its journal then holds them all.
-        written.iter().for_each(|(_, file)| begin_to_write(file.as_file()));
+
+    /// Puts them in their places, in their order, and removes those of `gone`. Blocks until that is on disk.
+    pub fn put(self, gone: &[&str]) -> Result<()> {
+        for (name, file) in self.files {
+            let place = self.folder.join(name);
+            file.persist(&place).map_err(|e| Error::from_io("write", &place, &e.error))?;
+        }
+        for name in gone {
+            unlink(&self.folder.join(name))?;
+        }
+        sync_folder(&self.folder)
     }
-    for (name, file) in &written {
-        file.as_file().sync_data().map_err(|e| failed(name, e))?;
-    }
-    for (name, file) in written {
-        file.persist(folder.join(name)).map_err(|e| failed(name, e.error))?;
-    }
-    for name in gone {
-        unlink(&folder.join(name))?;
-    }
-    sync_folder(folder)
 }
 
 /// Has the kernel begin to write a file to disk. That it does is only quicker, and waited for afterwards.

@@ -215,16 +215,13 @@ impl DomainDef {
     /// Its text in a form that is kept, which is known to be read again. Error: what stands in the way of that, and what
     /// to do about it.
     pub fn write_readable(&self, form: Form, limits: Limits) -> Result<String, String> {
-        self.written_and_read(form, limits).map(|(text, _)| text)
+        let text = self.write(form);
+        DomainDef::read_back(&text, limits).map(|_| text)
     }
 
-    /// The same with what is read of it.
-    pub fn written_and_read(&self, form: Form, limits: Limits) -> Result<(String, DomainDef), String> {
-        let text = self.write(form);
-        match DomainDef::parse_within(&text, limits) {
-            Ok(read) => Ok((text, read)),
-            Err(findings) => Err(xml::unreadable(&findings)),
-        }
+    /// What is read of a text that was written so. Error: why it could not be, within `limits`.
+    pub fn read_back(text: &str, limits: Limits) -> Result<DomainDef, String> {
+        DomainDef::parse_within(text, limits).map_err(|findings| xml::unreadable(&findings))
     }
 
     /// The same from a tree whose `<metadata>` was kept verbatim.
