@@ -97,8 +97,10 @@ pub struct Spawned {
     pub fd: OwnedFd,
 }
 
-/// The child's end of the pipe by which it is told to go.
+/// The child's end of the pipe by which it is told to go, or to end. Other ends of it are closed only when it runs.
 const GO: RawFd = 4;
+const RUN: u8 = b'!';
+const END: u8 = b'.';
 /// The program, where it was judged before.
 const PROGRAM: RawFd = 199;
 /// Copies are made above here, so that none is in another's place.
@@ -230,7 +232,7 @@ impl Child {
 
     /// Lets it run its program. One that has failed by now has said why.
     fn let_go(&mut self) {
-        let _ = self.go.take().map(|mut go| go.write_all(b"!"));
+        let _ = self.go.take().map(|mut go| go.write_all(&[RUN]));
     }
 
     fn release(mut self) -> io::Result<Spawned> {
@@ -246,7 +248,8 @@ impl Drop for Child {
     fn drop(&mut self) {
         let Some(Spawned { fd, .. }) = &self.spawned else { return };
         // It may have a lock of ours: it is killed only where it hangs in the kernel.
-        if self.go.take().is_some() {
+        if let Some(mut go) = self.go.take() {
+            let _ = go.write_all(&[END]);
             let _ = ready_by([fd.as_fd()], Instant::now() + UNTIL_IT_ENDS);
         }
         kill(fd);
@@ -465,7 +468,7 @@ impl Prepared {
         loop {
             // SAFETY: reads one byte into one on this stack.
             match unsafe { libc::read(GO, (&raw mut byte).cast(), 1) } {
-                1 => return die_with_parent(0),
+                1 if byte == RUN => return die_with_parent(0),
                 -1 if unsafe { *libc::__errno_location() } == libc::EINTR => {}
                 _ => unsafe { libc::_exit(127) },
             }
