@@ -7,6 +7,8 @@ use crate::host::test_program::script;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io::Read;
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
 use std::task::Poll;
 
 fn plan<'a>(args: &'a [String], env: &'a [(String, String)], output: &'a File) -> Plan<'a> {
@@ -131,6 +133,31 @@ async fn runs_as_the_user() {
     assert_eq!(said.matches("0000000000000000").count(), 2, "{said}");
     let others = std::thread::spawn(nix::unistd::geteuid).join().unwrap();
     assert!(others.is_root() && nix::unistd::geteuid().is_root(), "it had our memory, and we have our rights");
+}
+
+/// While it waits it has that user's number, and our memory.
+#[tokio::test]
+async fn others_of_its_user_cannot_look_into_the_waiting_child() {
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("SKIPPED: needs root");
+    }
+    let Ok(nobody) = RunAs::look_up("nobody", None, &[]) else { return eprintln!("SKIPPED: no user nobody") };
+    let (output, args) = (tempfile::tempfile().unwrap(), shell("exit 0"));
+    let plan = Plan { user: Some(&nobody), ..plan(&args, &[], &output) };
+    let spawned = spawn(plan, |identity| {
+        let at = |file: &str| format!("/proc/{}/{file}", identity.pid);
+        while !std::fs::read_to_string(at("status"))?.contains(&format!("Uid:\t{0}\t{0}\t{0}\t{0}", nobody.uid)) {
+            std::thread::yield_now();
+        }
+        for file in ["mem", "maps", "environ", "fd/0", "exe"] {
+            let mut look = Command::new("head");
+            look.args(["-c1", &at(file)]).uid(nobody.uid).gid(nobody.gid);
+            let said = String::from_utf8_lossy(&apart::without(|| look.output())?.stderr).into_owned();
+            assert!(said.contains("Permission denied"), "{file}: {said}");
+        }
+        Ok(())
+    });
+    assert_eq!(end(spawned.unwrap()).await, End::Code(0));
 }
 
 /// Its memory is ours until it runs its program, and what we do on a signal is not what it does.
