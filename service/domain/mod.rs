@@ -136,8 +136,39 @@ pub(crate) struct DomainSeed {
     pub hosted: Option<AtHost>,
 }
 
+/// What is published of a domain that has no guest yet.
+fn first_facts(birth: &DomainSeed) -> DomainFacts {
+    DomainFacts {
+        name: birth.name.clone(),
+        uuid: birth.uuid,
+        id: 0,
+        driver: birth.driver.name(),
+        host: birth.hosted.as_ref().map(|at| at.host.name().clone()).unwrap_or_default(),
+        reachable: true,
+        active: false,
+        state: DomainState::Shutoff,
+        reason: birth.ended.reason,
+        since_usec: birth.ended.since_usec,
+        persistent: birth.stored.is_some(),
+        autostart: birth.note.autostart,
+        config: birth.config.clone(),
+        stored: None,
+        has_managed_save: birth.managed_save,
+        agent_connected: false,
+        open_channels: Box::default(),
+        lacks: birth.driver.lacks(),
+        pending: Arc::default(),
+        current_snapshot: None,
+        snapshot_count: 0,
+        snapshots: Arc::default(),
+        owner: birth.note.owner,
+        broken: String::new(),
+    }
+}
+
 impl Domain {
     pub(crate) fn new(shared: &Arc<Shared>, domains: &Arc<Domains>, birth: DomainSeed) -> Arc<Domain> {
+        let facts = Arc::new(first_facts(&birth));
         let (uuid, name, mut kept) = (birth.uuid, birth.name, birth.snapshots);
         let hosted = birth.hosted.is_some();
         let backup = kept.backup.as_ref().map(CurrentBackup::found);
@@ -145,32 +176,6 @@ impl Domain {
         let block_jobs = kept.block_jobs.iter();
         let block_jobs =
             block_jobs.map(|(target, record)| (target.clone(), BlockEntry::found(record.clone()))).collect();
-        let facts = Arc::new(DomainFacts {
-            name: name.clone(),
-            uuid,
-            id: 0,
-            driver: birth.driver.name(),
-            host: birth.hosted.as_ref().map(|at| at.host.name().clone()).unwrap_or_default(),
-            reachable: true,
-            active: false,
-            state: DomainState::Shutoff,
-            reason: birth.ended.reason,
-            since_usec: birth.ended.since_usec,
-            persistent: birth.stored.is_some(),
-            autostart: birth.note.autostart,
-            config: birth.config,
-            stored: None,
-            has_managed_save: birth.managed_save,
-            agent_connected: false,
-            open_channels: Box::default(),
-            lacks: birth.driver.lacks(),
-            pending: Arc::default(),
-            current_snapshot: None,
-            snapshot_count: 0,
-            snapshots: Arc::default(),
-            owner: birth.note.owner,
-            broken: String::new(),
-        });
         Arc::new(Domain {
             uuid,
             owner: birth.note.owner,
@@ -292,7 +297,7 @@ impl Domain {
             // Only now: whoever takes its uuid after it must not be told of before its end is.
             self.domains.remove(self.uuid, &state.name, self.owner);
         }
-        if !Arc::ptr_eq(&before, &state.facts) {
+        if !was_told || !Arc::ptr_eq(&before, &state.facts) {
             self.keep_for_host(&state);
         }
         let has_gone = state.gone;

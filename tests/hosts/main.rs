@@ -13,7 +13,9 @@ use beds::Bed;
 
 /// A case: what it shows, and the words that a host must have for it.
 pub struct Case {
+    /// What it shows.
     pub what: &'static str,
+    /// The words that a host must have for it.
     pub needs: &'static [&'static str],
 }
 
