@@ -242,7 +242,7 @@ impl Domain {
 
     /// Returns when all that its host has reported of its guest is told.
     pub(crate) async fn guest_is_told(&self) {
-        drop(self.all_told().await);
+        self.all_told().await;
     }
 
     /// Has what is known of it kept for the time in which its host does not answer.
