@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod base64;
 pub mod host;
+pub mod mirror;
 #[allow(clippy::disallowed_methods, reason = "folders of ours, and the kernel's own files below /proc")]
 pub mod network;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys and /proc, and udev's notes")]
@@ -18,6 +19,7 @@ pub mod test;
 use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::driver::Driver;
+use virt_model::driver::inventory::HostProfile;
 use virt_model::driver::storage::Storage;
 use virt_model::secret::SecretName;
 
@@ -91,4 +93,19 @@ pub fn with_storage(config: DriverConfig) -> (Vec<Arc<dyn Driver>>, Arc<dyn Stor
     let storage = storage::HostStorage::new(qemu.tool_rights(), secrets, &config.runtime_dir, wary);
     storage.clear_leftovers();
     (vec![Arc::new(qemu), Arc::new(test::TestDriver::default())], Arc::new(storage))
+}
+
+/// The products whose hosts can be configured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Product {
+    /// A host that is held in memory, and has one machine.
+    Test,
+}
+
+/// The driver of a host that keeps its machines by itself.
+pub fn of_host(product: Product, profile: HostProfile) -> Arc<dyn Driver> {
+    match product {
+        Product::Test => Arc::new(mirror::Mirror::new(test::TestHost::with_a_machine().connection(), profile)),
+    }
 }

@@ -89,6 +89,7 @@ pub fn name(error: &ServiceError) -> &'static str {
         ServiceError::OperationUnsupported(_) => "org.virt.Error.OperationUnsupported",
         ServiceError::Busy { .. } => "org.virt.Error.Busy",
         ServiceError::Cancelled(_) => "org.virt.Error.Cancelled",
+        ServiceError::HostUnreachable(_) => "org.virt.Error.HostUnreachable",
         ServiceError::TimedOut(_) => "org.virt.Error.TimedOut",
         ServiceError::AgentUnavailable(_) => "org.virt.Error.AgentUnavailable",
         ServiceError::AgentFailed(_) => "org.virt.Error.AgentFailed",

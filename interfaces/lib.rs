@@ -26,7 +26,7 @@ use bus::table::Table;
 use bus::{Bus, Current, Ways, Who};
 use caller::Callers;
 use objects::{
-    checkpoint, domain, job, manager, network, nodedev, pool, secret, snapshot, storage, subscription, volume,
+    checkpoint, domain, host, job, manager, network, nodedev, pool, secret, snapshot, storage, subscription, volume,
 };
 use publish::{Listener, Publisher};
 use std::fmt;
@@ -68,12 +68,13 @@ impl Server {
             job::offer(service),
             nodedev::offer_manager(service),
             nodedev::offer(service),
+            host::offer(service),
             subscription::offer(service),
             storage::offer(service),
             pool::offer(service),
             volume::offer(service),
         ])?;
-        let publisher = Publisher::new(&service.drivers(), &service.pool_abilities());
+        let publisher = Publisher::new(&service.drivers(), &service.other_hosts(), &service.pool_abilities());
         let (publishing, mute) = (publisher.clone(), CancellationToken::new());
         let ends = mute.clone().drop_guard();
         tokio::spawn(async move {

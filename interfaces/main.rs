@@ -83,6 +83,7 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let stop = stop()?;
     let folders = Folders::new(arguments, |name| std::env::var_os(name).map(Into::into))?;
     let config = Config::read(&folders.config.join("virtd.toml"))?;
+    let other_hosts = config.hosts()?;
     let link = Link::connect(arguments.kind()).await?;
     link.refuse_if_taken().await?;
     let _lock = folders.lock()?;
@@ -110,6 +111,7 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let opened = Service::open(settings, drivers, host, authority, Arc::new(callers.clone())).await;
     let (service, events) = opened.map_err(|error| error.to_string())?;
     service.follow_host(devices).await;
+    service.follow_other_hosts(other_hosts).await.map_err(|error| error.to_string())?;
     let server = Server::new(&service, events).await?;
     let serving = server.serve_bus(&link.connection, link.intake.clone(), callers.clone());
     callers.listen().await.map_err(|error| format!("the bus does not tell who leaves: {error}"))?;

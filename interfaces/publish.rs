@@ -53,9 +53,9 @@ pub struct Publisher {
 
 impl Publisher {
     /// A publisher whose tree has the manager in it.
-    pub fn new(drivers: &[&str], pools: &[PoolAbility]) -> Arc<Publisher> {
+    pub fn new(drivers: &[&str], hosts: &[String], pools: &[PoolAbility]) -> Arc<Publisher> {
         let publisher = Publisher::default();
-        publisher.rows.write(|objects| objects.put(manager::object(drivers, pools)));
+        publisher.rows.write(|objects| objects.put(manager::object(drivers, hosts, pools)));
         Arc::new(publisher)
     }
 
@@ -350,6 +350,9 @@ mod tests {
             uuid: Uuid::from_u128(7),
             id: u32::from(state.is_active()),
             driver: "test",
+            host: "".into(),
+            reachable: true,
+            active: state.is_active(),
             state,
             reason: StateReason::Unknown,
             since_usec: 1,
@@ -446,7 +449,7 @@ mod tests {
         let (path, interfaces): (OwnedObjectPath, Interfaces) = body.deserialize().unwrap();
         assert_eq!(path.as_str(), paths::domain(Uuid::from_u128(7)));
         let all = &interfaces[domain::INTERFACE];
-        assert_eq!(all.len(), 36);
+        assert_eq!(all.len(), 38);
         let snapshot = format!("{}/snapshot/before_20upgrade", path.as_str());
         assert_eq!(*all["CurrentSnapshot"], Variant::from(zbus::ObjectPath::try_from(snapshot).unwrap()));
     }
@@ -541,7 +544,7 @@ mod tests {
         let guid = zbus::Guid::generate();
         let builder = zbus::connection::Builder::authenticated_socket(ours, guid).p2p();
         let peer = builder.build().await.unwrap();
-        let publisher = Publisher::new(&["test"], &[]);
+        let publisher = Publisher::new(&["test"], &[], &[]);
         let (slow, quick) = (Arc::new(Outbox::default()), Arc::new(Outbox::default()));
         publisher.attach(Listener { outbox: slow.clone(), peer: Some(peer.clone()) });
         publisher.attach(Listener { outbox: quick.clone(), peer: None });
@@ -558,7 +561,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_flush_is_answered_behind_what_came_before() {
-        let publisher = Publisher::new(&["test"], &[]);
+        let publisher = Publisher::new(&["test"], &[], &[]);
         let (events, receiver) = virt_service::events::Events::channel();
         let outbox = Arc::new(Outbox::default());
         publisher.attach(Listener { outbox: outbox.clone(), peer: None });

@@ -4,8 +4,15 @@ use clap::{Args, Parser, ValueEnum};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use serde::Deserialize;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use virt_drivers::Product;
+use virt_model::driver::Driver;
+use virt_model::driver::inventory::HostProfile;
+use virt_model::xml::shorten;
 use virt_service::{Limits, Paths};
 
 /// Virtual machines as D-Bus objects.
@@ -79,6 +86,57 @@ pub struct Config {
     pub qemu: QemuConfig,
     /// `[limits]`
     pub limits: LimitsConfig,
+    /// `[[host]]`, each
+    pub host: Vec<HostConfig>,
+}
+
+/// A host of another hypervisor.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct HostConfig {
+    /// What it is called.
+    pub name: String,
+    /// Who speaks to it.
+    pub driver: Product,
+    /// Nothing is done to its machines.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Seconds from one question what it has to the next, where it does not tell by itself.
+    pub poll: Option<u64>,
+    /// Seconds that it may take to answer.
+    pub timeout: Option<u64>,
+    /// Seconds that virtd's start waits for it.
+    pub connect_wait: Option<u64>,
+}
+
+/// The longest that each of those may be.
+const LONGEST: u64 = 3600;
+
+impl HostConfig {
+    /// What its driver is told. Error: the key that is wrong, and why.
+    pub fn profile(&self) -> Result<HostProfile, String> {
+        let usual = HostProfile::named(&self.name);
+        let wrong = |what: String| Err(format!("[[host]] '{}': {what}", shorten(&self.name)));
+        let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        if !(1..=32).contains(&self.name.len()) || !self.name.bytes().all(fits) {
+            return wrong("its name is 1 to 32 of a-z, 0-9 and -".to_owned());
+        }
+        let times = [("poll", self.poll), ("timeout", self.timeout), ("connect-wait", self.connect_wait)];
+        for (key, seconds) in times {
+            let least = u64::from(key != "connect-wait");
+            if seconds.is_some_and(|seconds| !(least..=LONGEST).contains(&seconds)) {
+                return wrong(format!("{key} is {least} to {LONGEST} seconds"));
+            }
+        }
+        let seconds = |given: Option<u64>, usual| given.map_or(usual, Duration::from_secs);
+        Ok(HostProfile {
+            read_only: self.read_only,
+            poll: seconds(self.poll, usual.poll),
+            timeout: seconds(self.timeout, usual.timeout),
+            connect_wait: seconds(self.connect_wait, usual.connect_wait),
+            ..usual
+        })
+    }
 }
 
 /// Who runs QEMU on the system bus.
@@ -143,6 +201,19 @@ impl From<LimitsConfig> for Limits {
 }
 
 impl Config {
+    /// The drivers of the hosts, in their order. Error: a sentence that names the host.
+    pub fn hosts(&self) -> Result<Vec<Arc<dyn Driver>>, String> {
+        let mut names = BTreeSet::new();
+        let made = self.host.iter().map(|host| {
+            let profile = host.profile()?;
+            match names.insert(&host.name) {
+                true => Ok(virt_drivers::of_host(host.driver, profile)),
+                false => Err(format!("[[host]] '{}': another one has that name; give each its own", host.name)),
+            }
+        });
+        made.collect()
+    }
+
     /// Reads `file`; one that is not there says nothing. Error: a sentence that names the file, and the line if it is
     /// the text that is wrong.
     pub fn read(file: &Path) -> Result<Config, String> {
@@ -277,6 +348,26 @@ mod tests {
     }
 
     #[test]
+    fn a_host_has_a_name_of_its_own_and_keys_that_its_driver_uses() {
+        let read =
+            |text: &str| toml::from_str::<Config>(text).map_err(|e| e.to_string()).and_then(|c| c.hosts().map(drop));
+        let host = |rest: &str| format!("[[host]]\nname = \"lab\"\ndriver = \"test\"\n{rest}\n");
+        for (text, why) in [
+            (host("url = \"https://lab\""), "url"),
+            (host("poll = 0"), "poll is 1 to 3600"),
+            (host("connect-wait = 3601"), "connect-wait is 0 to 3600"),
+            (host(&host("")), "another one has that name"),
+            (host("").replace("lab", "Lab"), "'Lab': its name is"),
+            (host("").replace("lab", &"x".repeat(33)), "its name is"),
+            (host("").replace("test", "vbox"), "vbox"),
+        ] {
+            let error = read(&text).expect_err(why);
+            assert!(error.contains(why), "{error}");
+        }
+        assert_eq!(read(&host("read-only = true\nconnect-wait = 0")), Ok(()));
+    }
+
+    #[test]
     fn the_file_says_what_it_says_and_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("virtd.toml");
@@ -288,6 +379,10 @@ mod tests {
         std::fs::write(&file, "[qemu]\nkvm = \"on\"\n").unwrap();
         let error = Config::read(&file).unwrap_err();
         assert!(error.contains("auto") && error.contains("off"), "{error}");
+        std::fs::write(&file, "[[host]]\nname = \"lab\"\ndriver = \"test\"\npoll = 9\n").unwrap();
+        let config = Config::read(&file).unwrap();
+        assert_eq!(config.host[0].profile().unwrap().poll, Duration::from_secs(9));
+        assert_eq!(config.hosts().unwrap().len(), 1);
         std::fs::write(&file, "[limits]\njobs = 3\n").unwrap();
         let error = Config::read(&file).unwrap_err();
         assert!(error.contains("virtd.toml") && error.contains("jobs"), "{error}");

@@ -155,6 +155,10 @@ actions! {
         /// Create and end mediated devices and ports.
         DeviceCreate = "org.virt.nodedev.create", "create or remove", Changes;
     }
+    Host {
+        /// Have it asked again.
+        HostManage = "org.virt.host.manage", "manage", Changes;
+    }
 }
 
 /// What an action is about. No details: no object, or none yet.

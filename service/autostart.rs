@@ -156,7 +156,7 @@ async fn start_machines(domains: Vec<Arc<Domain>>, turns: &Arc<Autostarting>) {
 async fn start_machine(domain: &Arc<Domain>, places: Arc<Semaphore>) {
     // First it is found out whether it runs.
     domain.is_looked_after().await;
-    if domain.facts().state.is_active() {
+    if domain.facts().active {
         return;
     }
     let started = async {

@@ -295,7 +295,8 @@ fn load_definition(
         }
     };
     let (config, stored) = (stored.config.clone(), Some(Arc::new(stored)));
-    let seed = DomainSeed { uuid, name, config, stored, broken, driver, note, ended, managed_save, snapshots };
+    let hosted = None;
+    let seed = DomainSeed { uuid, name, config, stored, broken, driver, note, ended, managed_save, snapshots, hosted };
     enter(shared, domains, seed)?;
     Ok(())
 }
@@ -364,9 +365,20 @@ impl Search {
                 let ended = Ended { reason: status.reason, since_usec: status.since_usec };
                 let (name, driver) = (live.name.clone(), driver.clone());
                 let (config, stored, broken) = (Arc::new(ConfigFacts::of(&live)), None, None);
-                let managed_save = false;
-                let seed =
-                    DomainSeed { uuid, name, config, stored, broken, driver, note, ended, managed_save, snapshots };
+                let (managed_save, hosted) = (false, None);
+                let seed = DomainSeed {
+                    uuid,
+                    name,
+                    config,
+                    stored,
+                    broken,
+                    driver,
+                    note,
+                    ended,
+                    managed_save,
+                    snapshots,
+                    hosted,
+                };
                 enter(shared, domains, seed)?
             }
         };

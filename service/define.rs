@@ -195,6 +195,7 @@ impl Service {
         }
         let seat = seat.read_through().await;
         def.forget_places_of_volumes();
+        existing.as_ref().map_or(Ok(()), |domain| domain.takes_documents())?;
         if existing.is_none() {
             new_name(&def).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
         }
@@ -290,7 +291,9 @@ impl Service {
             tracing::warn!(%uuid, name, "there is a managed save of it already, of an earlier domain: its next start goes on from that");
         }
         let ended = Ended::never(managed_save);
-        let seed = DomainSeed { uuid, name, config, stored, broken, driver, note, ended, managed_save, snapshots };
+        let hosted = None;
+        let seed =
+            DomainSeed { uuid, name, config, stored, broken, driver, note, ended, managed_save, snapshots, hosted };
         Ok(Domain::new(&self.shared, &self.domains, seed))
     }
 

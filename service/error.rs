@@ -129,6 +129,9 @@ pub enum Error {
     /// The job was cancelled.
     #[error("{0}")]
     Cancelled(String),
+    /// The host that keeps it does not answer; says which, since when and why.
+    #[error("{0}")]
+    HostUnreachable(String),
     /// The hypervisor did not answer.
     #[error("{0}")]
     TimedOut(String),
@@ -206,12 +209,15 @@ impl Error {
             DriverError::AgentUnavailable(_) => Error::AgentUnavailable(text),
             DriverError::AgentFailed { .. } => Error::AgentFailed(text),
             DriverError::Hypervisor(_) if kind == ObjectKind::Network => Error::NetworkFailed(text),
-            DriverError::Hypervisor(_) if kind != ObjectKind::Domain => Error::StorageFailed(text),
+            DriverError::Hypervisor(_) if !matches!(kind, ObjectKind::Domain | ObjectKind::Host) => {
+                Error::StorageFailed(text)
+            }
             DriverError::Hypervisor(why) => {
                 let why = why.lines().collect::<Vec<_>>().join("; ");
                 Error::HypervisorFailed { what, why }
             }
             DriverError::TimedOut(_) => Error::TimedOut(text),
+            DriverError::Unreachable(_) => Error::HostUnreachable(text),
             DriverError::Storage(_) | DriverError::HalfDone(_) => Error::StorageFailed(text),
             DriverError::Exists(_) => Error::VolumeExists(text),
             DriverError::NoSuchSecret(_) => Error::NoSuchSecret(text),

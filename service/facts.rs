@@ -24,12 +24,18 @@ pub struct DomainFacts {
     pub id: u32,
     /// The driver's name.
     pub driver: &'static str,
-    /// What it does.
+    /// The host that keeps it; empty of our own.
+    pub host: Arc<str>,
+    /// That host answers; always so of our own.
+    pub reachable: bool,
+    /// What it does; unknown while its host does not answer.
     pub state: DomainState,
     /// Why.
     pub reason: StateReason,
     /// Since when: microseconds since the epoch.
     pub since_usec: u64,
+    /// It has a guest, or had one when its host was last seen.
+    pub active: bool,
     /// Has a stored configuration.
     pub persistent: bool,
     /// Starts with the host.
@@ -106,6 +112,11 @@ impl DomainFacts {
 }
 
 impl ConfigFacts {
+    /// The same of a machine of another host, which needs nothing of this one.
+    pub(crate) fn at_another_host(self) -> ConfigFacts {
+        ConfigFacts { needs: Box::default(), wishes: Box::default(), ..self }
+    }
+
     /// Of a definition.
     pub fn of(def: &DomainDef) -> ConfigFacts {
         ConfigFacts {
@@ -189,6 +200,33 @@ pub enum ObjectFacts {
     Secret(Arc<SecretFacts>),
     /// A device's of the host.
     NodeDevice(Arc<NodeDeviceFacts>),
+    /// Another host's.
+    Host(Arc<HostFacts>),
+}
+
+/// All that is published of a host of another hypervisor, at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostFacts {
+    /// What the administrator calls it.
+    pub name: Arc<str>,
+    /// The driver's name.
+    pub driver: &'static str,
+    /// Where it is; empty of what needs no address.
+    pub address: String,
+    /// Product and version, in its own words; empty until it has answered.
+    pub version: String,
+    /// Why it does not answer; empty if it does.
+    pub error: String,
+    /// On what it was tried that it is spoken to rightly.
+    pub proof: &'static str,
+    /// `connecting`, `connected`, `unreachable`.
+    pub state: &'static str,
+    /// Since when: microseconds since the epoch.
+    pub since_usec: u64,
+    /// What it can do to its machines.
+    pub abilities: Vec<&'static str>,
+    /// What of it cannot be shown as it is, each a sentence.
+    pub problems: Vec<String>,
 }
 
 /// All that is published of a device of the host, at one moment.

@@ -19,6 +19,7 @@ pub mod fair;
 mod forward_devices;
 mod frames;
 mod frozen_disks;
+mod hosts;
 mod image_users;
 #[allow(clippy::disallowed_methods, reason = "only asks which inode a path leads to, few at a time, with a limit")]
 mod images;
@@ -55,6 +56,7 @@ pub use domain::{
     POWERING_OFF, Plan, ResizeOptions, Resumption, RevertOptions, SaveOptions, SettingsOf, StartOptions, Stats,
     StatsOptions, UndefineCheck, UndefineOptions, Wanted,
 };
+pub use hosts::OtherHost;
 pub use network::{CheckedNetwork, HostEntry, Network};
 pub use nodedev::{DetachCheck, HostDevice};
 pub use restore::RestoreOptions;
@@ -71,6 +73,7 @@ use domain::Domains;
 use error::{Error, Result};
 use events::{Event, Events};
 use frames::Changeable as _;
+use hosts::Hosts;
 use images::Images;
 use job::Jobs;
 use lock::lock;
@@ -110,6 +113,7 @@ pub struct Service {
     domains: Arc<Domains>,
     secrets: Arc<Secrets>,
     node_devices: OnceLock<Arc<NodeDevices>>,
+    hosts: OnceLock<Hosts>,
     pools: Arc<Pools>,
     networks: Arc<Networks>,
     /// What is still to start with the host; gone when that has begun.
@@ -143,9 +147,9 @@ impl Service {
         boot::load(&shared, &domains).await?;
         network::plug_in_guests(&networks);
         let autostart = Mutex::new(Autostart::open(&shared, &networks, &pools, &domains).await?);
-        let (node_devices, taken_in) = (OnceLock::new(), CancellationToken::new());
+        let (node_devices, hosts, taken_in) = (OnceLock::new(), OnceLock::new(), CancellationToken::new());
         Ok((
-            Arc::new(Service { shared, domains, secrets, node_devices, pools, networks, autostart, taken_in }),
+            Arc::new(Service { shared, domains, secrets, node_devices, hosts, pools, networks, autostart, taken_in }),
             receiver,
         ))
     }
@@ -316,12 +320,13 @@ impl Service {
                 self.pool(*pool).and_then(|pool| pool.volume(name)).map(|volume| volume.subject())
             }
             ObjectRef::Network(uuid) => self.network(*uuid).map(|network| network.subject()),
-            ObjectRef::Foreign | ObjectRef::NodeDevice(_) => None,
+            ObjectRef::Foreign | ObjectRef::NodeDevice(_) | ObjectRef::Host(_) => None,
         };
         subject.unwrap_or_default()
     }
 
-    /// Lets jobs under way end, for a while (not those that wait for guests' programs), and thaws what clients have had frozen. Guests go on.
+    /// Lets jobs under way end, for a while (not those that wait for guests' programs), thaws what clients have had frozen, and has
+    /// kept what was seen of other hosts. Guests go on.
     pub async fn close(&self) {
         self.shared.jobs.cancel_all(verb::GUEST_EXEC.word);
         let mut thawing = JoinSet::new();
@@ -329,6 +334,9 @@ impl Service {
             thawing.spawn(async move { domain.thaws_at_the_end().await });
         }
         thawing.join_all().await;
+        if let Some(hosts) = self.hosts.get() {
+            hosts.close().await;
+        }
         if tokio::time::timeout(CLOSING, self.shared.jobs.idle()).await.is_err() {
             tracing::warn!("closing with jobs under way; the next start of virtd finishes or ends them");
         }

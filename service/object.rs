@@ -42,6 +42,8 @@ kinds! {
     Secret = "secret", "secret", "secret_uuid";
     /// A device of the host.
     NodeDevice = "node device", "host device", "device_name";
+    /// A host of another hypervisor.
+    Host = "host", "host", "host";
 }
 
 impl ObjectKind {
@@ -70,6 +72,8 @@ pub enum ObjectRef {
     Secret(Uuid),
     /// A device of the host, by its name.
     NodeDevice(Arc<str>),
+    /// A host of another hypervisor, by its name.
+    Host(Arc<str>),
 }
 
 impl ObjectRef {
@@ -82,7 +86,7 @@ impl ObjectRef {
             | ObjectRef::Pool(uuid)
             | ObjectRef::Volume(uuid, _)
             | ObjectRef::Secret(uuid) => Some(*uuid),
-            ObjectRef::Foreign | ObjectRef::NodeDevice(_) => None,
+            ObjectRef::Foreign | ObjectRef::NodeDevice(_) | ObjectRef::Host(_) => None,
         }
     }
 

@@ -5,6 +5,7 @@
 //!  <state>/domains/<uuid>.xml     the stored configuration, with passwords; its presence makes a domain persistent
 //!  <state>/domains/<uuid>.json    what XML has no word for: owner, autostart (written first); and what is to be known of a
 //!                                 configuration that cannot be read: name, driver
+//!  <state>/hosts/<name>/          what was last seen of other hosts' machines: see `store/hosts.rs`
 //!  <state>/networks/, pools/, secrets/   the same of those kinds: see `store/documents.rs`
 //!  <state>/snapshots/<uuid>/      a domain's snapshots: see `store/snapshots.rs`
 //!  <state>/saved/<uuid>.virtsave  a domain's managed save, which its driver writes and reads: see `store/managed.rs`
@@ -22,6 +23,7 @@
 mod autostart;
 mod documents;
 mod files;
+mod hosts;
 mod managed;
 mod nodedev;
 mod snapshots;
@@ -30,6 +32,7 @@ mod status;
 pub(crate) use autostart::Autostarting;
 pub(crate) use documents::{Documents, DraftedDocument, Folder, FoundDocument};
 pub(crate) use files::Unsynced;
+pub(crate) use hosts::{HostedChange, HostedNote};
 pub(crate) use snapshots::{Backup, BlockRecord, Current, Deed, Intent, Loaded, Record};
 pub(crate) use status::{Adjusting, Status, StatusFile, StoredChange};
 

@@ -77,6 +77,12 @@ impl StoredDef {
         Ok((StoredDef::new(&read, text), read))
     }
 
+    /// Of a machine of another host, which needs nothing of this one: neither images nor networks nor devices.
+    pub fn at_another_host(self) -> StoredDef {
+        let config = Arc::new(ConfigFacts::clone(&self.config).at_another_host());
+        StoredDef { config, disks: Box::default(), nvram: None, ..self }
+    }
+
     /// What stands for a configuration that cannot be used.
     pub fn stand_in(def: &DomainDef) -> StoredDef {
         StoredDef::new(def, &def.write(Form::STORED))

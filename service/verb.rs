@@ -6,6 +6,7 @@ use crate::authz::Action::{self, *};
 use crate::error::{Error, Result};
 use When::*;
 use std::pin::Pin;
+use virt_model::driver::inventory::Ability;
 use virt_model::driver::{DriverError, Instance};
 use virt_model::xml::shorten;
 
@@ -74,7 +75,36 @@ pub type Ask = for<'a> fn(&'a dyn Instance) -> BoxFuture<'a, Result<(), DriverEr
 /// one here, the method to `Instance` and to the introspection data, and to the drivers that can.
 pub const ASKS: &[(&Verb, Ask)] = &[(&INJECT_NMI, |guest| guest.inject_nmi()), (&WAKEUP, |guest| guest.wake_up())];
 
+/// What a member of `org.virt.Domain` needs of the host that keeps the machine, where that is another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hosted {
+    /// Nothing: what was last seen is told.
+    Always,
+    /// Every host can do it, unless nothing is to be done there.
+    Destroy,
+    /// That it can do this.
+    If(Ability),
+    /// More than any host can be asked for.
+    Never,
+}
+
 impl Verb {
+    /// See [`Hosted`].
+    pub fn hosted(&self) -> Hosted {
+        match *self {
+            START => Hosted::If(Ability::Start),
+            SHUTDOWN => Hosted::If(Ability::Shutdown),
+            REBOOT => Hosted::If(Ability::Reboot),
+            RESET => Hosted::If(Ability::Reset),
+            SUSPEND | RESUME => Hosted::If(Ability::Suspend),
+            DESTROY => Hosted::Destroy,
+            GET_XML | GET_METADATA | LIST_SNAPSHOTS | GET_SNAPSHOT | LIST_CHECKPOINTS | GET_CHECKPOINT | CAN => {
+                Hosted::Always
+            }
+            _ => Hosted::Never,
+        }
+    }
+
     /// Whether it may change something.
     pub fn changes(&self) -> bool {
         self.action.is_some_and(|action| !action.only_reads())
@@ -291,6 +321,12 @@ verbs! {
         NODE_DEVICE_CAN = "Can", None, Always, "can";
     }
 
+    /// `org.virt.Host`
+    HOST {
+        RECONNECT = "Reconnect", Some(HostManage), Always, "reconnect";
+        REFRESH = "Refresh", Some(HostManage), Always, "refresh";
+    }
+
     /// `org.virt.StatsSubscription`
     SUBSCRIPTION {
         CLOSE = "Close", None, Always, "close";
@@ -361,6 +397,7 @@ pub const TABLES: &[(&str, &[Verb])] = &[
     ("org.virt.Job", JOB),
     ("org.virt.Manager.NodeDevice", MANAGER_NODE_DEVICE),
     ("org.virt.NodeDevice", NODE_DEVICE),
+    ("org.virt.Host", HOST),
     ("org.virt.StatsSubscription", SUBSCRIPTION),
     ("org.virt.Manager.Storage", MANAGER_STORAGE),
     ("org.virt.StoragePool", POOL),

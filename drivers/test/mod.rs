@@ -12,6 +12,7 @@ mod checkpoints;
 mod consoles;
 mod control;
 mod guest;
+mod host;
 mod nbd;
 mod saved;
 mod snapshots;
@@ -19,6 +20,7 @@ mod stats;
 
 pub use control::GuestControl;
 pub use guest::Asked;
+pub use host::{TestConnection, TestHost};
 
 use crate::host::files::Seen;
 use crate::host::workers::{Errand, Workers, blocking};

@@ -22,6 +22,7 @@ pub const FILES: &[&str] = &[
     include_str!("../../data/interfaces/org.virt.Job.xml"),
     include_str!("../../data/interfaces/org.virt.Manager.NodeDevice.xml"),
     include_str!("../../data/interfaces/org.virt.NodeDevice.xml"),
+    include_str!("../../data/interfaces/org.virt.Host.xml"),
     include_str!("../../data/interfaces/org.virt.Manager.Storage.xml"),
     include_str!("../../data/interfaces/org.virt.StoragePool.xml"),
     include_str!("../../data/interfaces/org.virt.StorageVolume.xml"),

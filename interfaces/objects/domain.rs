@@ -36,10 +36,12 @@ long_properties! {
         "UUID" = Str(&f.uuid.to_string());
         "Id" = U32(f.id);
         "Driver" = Str(f.driver);
+        "Host" = Str(&f.host);
+        "Reachable" = Bool(f.reachable);
         "State" = Str(f.state.as_str());
         "StateReason" = Str(f.reason.as_str());
         "StateSince" = U64(f.since_usec);
-        "Active" = Bool(f.state.is_active());
+        "Active" = Bool(f.active);
         "Persistent" = Bool(f.persistent);
         "Autostart" = Bool(f.autostart);
         "Title" = Str(&f.config.title);

@@ -18,6 +18,7 @@ use virt_model::driver::storage::PoolAbility;
 use virt_model::state::DomainState;
 use virt_model::xml::{Finding, FindingKind, shorten};
 use virt_service::facts::DomainFacts;
+use virt_service::object::ObjectRef;
 use virt_service::verb;
 use virt_service::{Domain, RestoreOptions, Service, StatsOptions, SubscribeOptions};
 use zbus::ObjectPath;
@@ -27,14 +28,22 @@ use zbus::wire::Fd;
 pub const INTERFACE: &str = "org.virt.Manager";
 
 properties! {
-    drivers: [&str] {
+    f: ManagerFacts<'_> {
         "Version" = Str(env!("CARGO_PKG_VERSION"));
-        "Drivers" = Strs(drivers);
+        "Drivers" = Strs(f.drivers);
+        "Hosts" = Paths(&f.hosts);
     }
 }
 
-/// What is published of the service as a whole.
-pub fn object(drivers: &[&str], pools: &[PoolAbility]) -> Object {
+/// All that is published of the service as a whole.
+struct ManagerFacts<'a> {
+    drivers: &'a [&'a str],
+    hosts: Vec<String>,
+}
+
+/// What is published of the service as a whole: its drivers, other hosts and kinds of pools.
+pub fn object(drivers: &[&str], hosts: &[String], pools: &[PoolAbility]) -> Object {
+    let hosts = hosts.iter().map(|name| paths::of(&ObjectRef::Host(name.as_str().into()))).collect();
     Object {
         others: Box::new([
             (super::network::MANAGER, Row::new(&[], &[])),
@@ -42,7 +51,7 @@ pub fn object(drivers: &[&str], pools: &[PoolAbility]) -> Object {
             (super::nodedev::MANAGER, Row::new(&[], &[])),
             (super::storage::INTERFACE, super::storage::properties_of(pools)),
         ]),
-        ..Object::new(ROOT, INTERFACE, row(drivers))
+        ..Object::new(ROOT, INTERFACE, row(&ManagerFacts { drivers, hosts }))
     }
 }
 
@@ -135,7 +144,7 @@ async fn get_domain_by_id(service: Arc<Service>, call: Call) -> Outcome {
 }
 
 async fn list_domains(service: Arc<Service>, call: Call) -> Outcome {
-    let filter = Filter::read(call.options()?, &service.drivers())?;
+    let filter = Filter::read(call.options()?, &service)?;
     call.listing(move |objects| inventory(objects, &filter))
 }
 
@@ -232,25 +241,29 @@ struct Filter {
     persistent: Option<bool>,
     state: Option<DomainState>,
     driver: Option<&'static str>,
+    /// Empty: of our own.
+    host: Option<String>,
 }
 
 impl Filter {
-    fn read(mut options: Options, drivers: &[&'static str]) -> Result<Filter, Error> {
+    fn read(mut options: Options, service: &Service) -> Result<Filter, Error> {
         let filter = Filter {
             active: options.flag_if_given("active")?,
             persistent: options.flag_if_given("persistent")?,
             state: options.text("state")?.map(|word| state(&word)).transpose()?,
-            driver: options.text("driver")?.map(|name| driver(&name, drivers)).transpose()?,
+            driver: options.text("driver")?.map(|name| driver(&name, &service.drivers())).transpose()?,
+            host: options.text("host")?.map(|name| host(name, service)).transpose()?,
         };
         options.end()?;
         Ok(filter)
     }
 
     fn keeps(&self, facts: &DomainFacts) -> bool {
-        self.active.is_none_or(|active| facts.state.is_active() == active)
+        self.active.is_none_or(|active| facts.active == active)
             && self.persistent.is_none_or(|persistent| facts.persistent == persistent)
             && self.state.is_none_or(|state| facts.state == state)
             && self.driver.is_none_or(|driver| facts.driver == driver)
+            && self.host.as_ref().is_none_or(|host| *facts.host == **host)
     }
 }
 
@@ -265,6 +278,10 @@ fn driver(name: &str, known: &[&'static str]) -> Result<&'static str, Error> {
     known.iter().find(|driver| **driver == name).copied().ok_or_else(|| {
         Error::argument(format!("option 'driver' is one of {}, not '{}'", known.join(", "), shorten(name)))
     })
+}
+
+fn host(name: String, service: &Service) -> Result<String, Error> {
+    if name.is_empty() { Ok(name) } else { Ok(service.other_host(&name)?.name().to_string()) }
 }
 
 /// Path, name, uuid, state, persistent.

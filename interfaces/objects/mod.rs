@@ -6,6 +6,7 @@ pub mod checkpoint;
 mod devices;
 mod disks;
 pub mod domain;
+pub mod host;
 pub mod job;
 pub mod manager;
 pub mod network;
@@ -85,6 +86,7 @@ pub fn published(facts: &ObjectFacts) -> Published {
         ObjectFacts::Network(facts) => network::published(facts),
         ObjectFacts::Secret(facts) => secret::published(facts),
         ObjectFacts::NodeDevice(facts) => nodedev::published(facts),
+        ObjectFacts::Host(facts) => host::published(facts),
     }
 }
 

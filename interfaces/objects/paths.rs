@@ -15,6 +15,7 @@ const VOLUMES: &str = "/volume/";
 const SECRETS: &str = "/org/virt/secret/_";
 /// The object that manages the devices of the host, which are below it.
 pub const NODE_DEVICES: &str = "/org/virt/nodedev";
+const HOSTS: &str = "/org/virt/host/";
 const JOBS: &str = "/org/virt/job/";
 const SUBSCRIPTIONS: &str = "/org/virt/stats/";
 
@@ -29,6 +30,7 @@ pub fn of(object: &ObjectRef) -> String {
         ObjectRef::Volume(pool, name) => format!("{}{VOLUMES}{}", by_uuid(POOLS, *pool), escape(name)),
         ObjectRef::Secret(uuid) => by_uuid(SECRETS, *uuid),
         ObjectRef::NodeDevice(name) => format!("{NODE_DEVICES}/{}", escape(name)),
+        ObjectRef::Host(name) => format!("{HOSTS}{}", escape(name)),
     }
 }
 
@@ -42,6 +44,9 @@ pub fn object(path: &str) -> Option<ObjectRef> {
     }
     if let Some(name) = path.strip_prefix(NODE_DEVICES).and_then(|rest| rest.strip_prefix('/')) {
         return Some(ObjectRef::NodeDevice(unescape(name)?.into()));
+    }
+    if let Some(name) = path.strip_prefix(HOSTS) {
+        return Some(ObjectRef::Host(unescape(name)?.into()));
     }
     let domain = uuid(path).map(ObjectRef::Domain);
     domain
@@ -145,6 +150,7 @@ mod tests {
             (ObjectRef::Volume(id, "a.img".into()), format!("/org/virt/pool/{label}/volume/a_2eimg")),
             (ObjectRef::Secret(id), format!("/org/virt/secret/{label}")),
             (ObjectRef::NodeDevice("pci_0".into()), "/org/virt/nodedev/pci_5f0".to_owned()),
+            (ObjectRef::Host("lab-1".into()), "/org/virt/host/lab_2d1".to_owned()),
         ] {
             assert_eq!((of(&one), object(&path)), (path.clone(), Some(one)), "{path}");
         }

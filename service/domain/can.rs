@@ -19,6 +19,7 @@ impl Domain {
             let text = format!("cannot {} domain '{name}': the driver '{driver}' has no way to do so", verb.word);
             return Err(Error::OperationUnsupported(text));
         }
+        self.host_can(verb)?;
         lock(&self.state).applies(verb)
     }
 

@@ -199,7 +199,7 @@ pub(super) fn departed() -> CancellationToken {
 }
 
 /// What must have happened to a guest that was last known in that state; nothing if it is still in it.
-fn became(condition: Condition, before: DomainState) -> Option<Lifecycle> {
+pub(super) fn became(condition: Condition, before: DomainState) -> Option<Lifecycle> {
     let (now, event) = match condition {
         Condition::Running if before == DomainState::PmSuspended => {
             (DomainState::Running, Lifecycle::Started(Started::Wakeup))

@@ -60,6 +60,14 @@ impl Domain {
                     let event = Lifecycle::Resumed(Resumed::Unpaused);
                     self.note(id, DomainState::Running, StateReason::Unpaused, event).await;
                 }
+                DriverEvent::SuspendedByOthers => {
+                    let event = Lifecycle::Suspended(Suspended::Paused);
+                    self.note(id, DomainState::Paused, StateReason::External, event).await;
+                }
+                DriverEvent::ResumedByOthers => {
+                    let event = Lifecycle::Resumed(Resumed::Unpaused);
+                    self.note(id, DomainState::Running, StateReason::External, event).await;
+                }
                 DriverEvent::PmSuspended(how) => {
                     let event = Lifecycle::PmSuspended(how);
                     self.note(id, DomainState::PmSuspended, StateReason::Unknown, event).await;
@@ -203,6 +211,9 @@ impl Domain {
     /// Keeps how a guest ended, and removes what is on disk of it: in this order, so that a virtd killed in between does
     /// not take the end of an earlier guest for that of this one.
     pub(super) async fn forget_guest(&self, status: Option<Arc<StatusFile>>, reason: StateReason, since_usec: u64) {
+        if self.hosted.is_some() {
+            return;
+        }
         let (shared, uuid) = (self.shared.clone(), self.uuid);
         let stays = {
             let state = lock(&self.state);
@@ -237,7 +248,9 @@ pub(super) fn pause_reason(why: Suspended) -> StateReason {
 /// What became of a guest, from what was expected and what was seen.
 fn verdict(ending: Option<Stopped>, exit: &Exit) -> (Stopped, StateReason) {
     match (ending, exit) {
-        (Some(Stopped::Destroyed), _) | (None, Exit::Requested) => (Stopped::Destroyed, StateReason::Destroyed),
+        (Some(Stopped::Destroyed), _) | (None, Exit::Requested | Exit::Forced) => {
+            (Stopped::Destroyed, StateReason::Destroyed)
+        }
         (Some(Stopped::Crashed), _) => (Stopped::Crashed, StateReason::Crashed),
         (Some(Stopped::Saved), _) => (Stopped::Saved, StateReason::Saved),
         (Some(Stopped::FromSnapshot), _) => (Stopped::FromSnapshot, StateReason::FromSnapshot),

@@ -111,6 +111,9 @@ impl Domain {
 
     /// Shows the chains of images that it needs: what runs, what is stored, and its snapshots.
     fn show_chains(&self, to: Shown<'_>) {
+        if self.hosted.is_some() {
+            return;
+        }
         let state = lock(&self.state);
         let whose = format!("domain '{}'", state.name);
         for DiskImages { target, files } in state.guest.iter().flat_map(|guest| images_of(&guest.live)) {
@@ -137,7 +140,7 @@ impl Domain {
     /// Of them those of the guest that runs.
     fn show_running_chains(&self, to: Shown<'_>) {
         let state = lock(&self.state);
-        let Some(guest) = &state.guest else { return };
+        let Some(guest) = state.guest.as_ref().filter(|_| !state.hosted) else { return };
         let whose = format!("domain '{}'", state.name);
         // What is only read stays as it is, the topmost image with it.
         let written = written_by(&guest.live);

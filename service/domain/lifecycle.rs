@@ -46,7 +46,10 @@ impl Domain {
     pub async fn start(self: &Arc<Self>, caller: &Caller, options: StartOptions) -> Result<Ticket> {
         self.accepted(caller, &verb::START, async {
             self.allow(caller, verb::START.action).await?;
-            self.launch(caller, None, options).await
+            match self.hosted {
+                Some(_) => self.start_at_host(caller, options).await,
+                None => self.launch(caller, None, options).await,
+            }
         })
         .await
     }
@@ -130,7 +133,7 @@ impl Domain {
     }
 
     /// The hypervisor is about to be asked for a guest, or no longer at work on one. Error: nobody wants one any more.
-    fn is_launched(&self, launched: bool, cancel: &CancellationToken) -> Result<()> {
+    pub(super) fn is_launched(&self, launched: bool, cancel: &CancellationToken) -> Result<()> {
         let unwanted = {
             let mut state = lock(&self.state);
             let unwanted =

@@ -18,6 +18,7 @@ mod devices;
 mod found;
 mod given;
 mod guest;
+mod hosted;
 mod images;
 mod leaving;
 mod lifecycle;
@@ -42,6 +43,7 @@ pub use checkpoints::DeleteCheckpoint;
 pub use config::Affect;
 pub use devices::{LETTING_GO, Wanted};
 pub(crate) use found::FoundGuest;
+pub(crate) use hosted::{AtHost, HostedSeed};
 pub use lifecycle::StartOptions;
 pub use managed::ManagedSaveOptions;
 pub use save::{DumpOptions, Resumption, SaveOptions};
@@ -79,6 +81,8 @@ pub struct Domain {
     uuid: Uuid,
     owner: u32,
     driver: Arc<dyn Driver>,
+    /// Where it is, if another host keeps it.
+    hosted: Option<AtHost>,
     shared: Arc<Shared>,
     domains: Arc<Domains>,
     turn: Arc<Turn>,
@@ -128,49 +132,64 @@ pub(crate) struct DomainSeed {
     pub managed_save: bool,
     /// What was found of its snapshots.
     pub snapshots: Loaded,
+    /// Where it is, if another host keeps it.
+    pub hosted: Option<AtHost>,
+}
+
+/// What is published of a domain that has no guest yet.
+fn first_facts(birth: &DomainSeed) -> DomainFacts {
+    DomainFacts {
+        name: birth.name.clone(),
+        uuid: birth.uuid,
+        id: 0,
+        driver: birth.driver.name(),
+        host: birth.hosted.as_ref().map(|at| at.host.name().clone()).unwrap_or_default(),
+        reachable: true,
+        active: false,
+        state: DomainState::Shutoff,
+        reason: birth.ended.reason,
+        since_usec: birth.ended.since_usec,
+        persistent: birth.stored.is_some(),
+        autostart: birth.note.autostart,
+        config: birth.config.clone(),
+        stored: None,
+        has_managed_save: birth.managed_save,
+        agent_connected: false,
+        open_channels: Box::default(),
+        lacks: birth.driver.lacks(),
+        pending: Arc::default(),
+        current_snapshot: None,
+        snapshot_count: 0,
+        snapshots: Arc::default(),
+        owner: birth.note.owner,
+        broken: String::new(),
+    }
 }
 
 impl Domain {
     pub(crate) fn new(shared: &Arc<Shared>, domains: &Arc<Domains>, birth: DomainSeed) -> Arc<Domain> {
+        let facts = Arc::new(first_facts(&birth));
         let (uuid, name, mut kept) = (birth.uuid, birth.name, birth.snapshots);
+        let hosted = birth.hosted.is_some();
         let backup = kept.backup.as_ref().map(CurrentBackup::found);
         let checkpoints = CheckpointSet::new(std::mem::take(&mut kept.checkpoints));
         let block_jobs = kept.block_jobs.iter();
         let block_jobs =
             block_jobs.map(|(target, record)| (target.clone(), BlockEntry::found(record.clone()))).collect();
-        let facts = Arc::new(DomainFacts {
-            name: name.clone(),
-            uuid,
-            id: 0,
-            driver: birth.driver.name(),
-            state: DomainState::Shutoff,
-            reason: birth.ended.reason,
-            since_usec: birth.ended.since_usec,
-            persistent: birth.stored.is_some(),
-            autostart: birth.note.autostart,
-            config: birth.config,
-            stored: None,
-            has_managed_save: birth.managed_save,
-            agent_connected: false,
-            open_channels: Box::default(),
-            lacks: birth.driver.lacks(),
-            pending: Arc::default(),
-            current_snapshot: None,
-            snapshot_count: 0,
-            snapshots: Arc::default(),
-            owner: birth.note.owner,
-            broken: String::new(),
-        });
         Arc::new(Domain {
             uuid,
             owner: birth.note.owner,
             driver: birth.driver,
+            hosted: birth.hosted,
             shared: shared.clone(),
             domains: domains.clone(),
             turn: Arc::default(),
             block_records: tokio::sync::Mutex::default(),
             state: Mutex::new(State {
                 name,
+                hosted,
+                host_name: String::new(),
+                unreachable_since: None,
                 stored: birth.stored,
                 guest: None,
                 starting: None,
@@ -226,7 +245,11 @@ impl Domain {
 
     /// What polkit is told it is about.
     pub fn subject(&self) -> Subject {
-        domain_subject(&*self.driver, &self.name(), self.uuid).owned_by(self.owner)
+        let subject = domain_subject(&*self.driver, &self.name(), self.uuid).owned_by(self.owner);
+        match &self.hosted {
+            Some(at) => subject.with("host", &**at.host.name()),
+            None => subject,
+        }
     }
 
     /// The same of one of its snapshots.
@@ -254,7 +277,8 @@ impl Domain {
         state.tell_needs(&self.shared.uses, self.uuid);
         let otherwise = !was_told || facts.is_made_otherwise(&before);
         let wants_devices = before.wants_devices() || facts.wants_devices();
-        self.shared.plugs.has_cards(self.uuid, state.live().filter(|_| !state.gone).map(|live| &**live));
+        let here = |_: &&Arc<_>| !state.gone && !state.hosted;
+        self.shared.plugs.has_cards(self.uuid, state.live().filter(here).map(|live| &**live));
         if was_told || !state.gone {
             let gone = state.gone;
             let (mut there, mut lost) = state.snapshots.news(self.uuid, gone);
@@ -272,6 +296,9 @@ impl Domain {
         if was_there && state.gone {
             // Only now: whoever takes its uuid after it must not be told of before its end is.
             self.domains.remove(self.uuid, &state.name, self.owner);
+        }
+        if !was_told || !Arc::ptr_eq(&before, &state.facts) {
+            self.keep_for_host(&state);
         }
         let has_gone = state.gone;
         drop(state);

@@ -29,6 +29,12 @@ use virt_model::xml::Element;
 /// What a domain is at a moment.
 pub(super) struct State {
     pub(super) name: String,
+    /// Another host keeps it.
+    pub(super) hosted: bool,
+    /// Its name there.
+    pub(super) host_name: String,
+    /// That host has not answered since then, in microseconds since the epoch.
+    pub(super) unreachable_since: Option<u64>,
     pub(super) stored: Option<Arc<StoredDef>>,
     pub(super) guest: Option<Guest>,
     /// The start under way, or to come of what is under way: there is no guest yet, and soon there may be one.
@@ -202,9 +208,12 @@ impl State {
             (None, None) => {}
         }
         facts.name.clone_from(&self.name);
-        facts.state = self.state;
-        facts.reason = self.reason;
-        facts.since_usec = self.since_usec;
+        facts.active = self.state.is_active();
+        facts.reachable = self.unreachable_since.is_none();
+        (facts.state, facts.reason, facts.since_usec) = match self.unreachable_since {
+            None => (self.state, self.reason, self.since_usec),
+            Some(since_usec) => (DomainState::Unknown, StateReason::Unreachable, since_usec),
+        };
         facts.persistent = self.stored.is_some();
         facts.autostart = self.autostart;
         facts.has_managed_save = self.managed_save;
@@ -227,7 +236,8 @@ impl State {
         if self.gone {
             return users.are(uuid, &[], &[]);
         }
-        let mut live: Vec<DiskImages> = self.live().into_iter().flat_map(|live| images_of(live)).collect();
+        let here = self.live().filter(|_| !self.hosted);
+        let mut live: Vec<DiskImages> = here.into_iter().flat_map(|live| images_of(live)).collect();
         live.extend_from_slice(&self.coming_disks);
         users.are(uuid, &live, self.stored.as_ref().map_or(&[], |stored| &stored.disks));
     }
@@ -262,7 +272,9 @@ impl State {
             return;
         };
         if !self.running.as_ref().is_some_and(|(of, _)| Arc::ptr_eq(of, live)) {
-            self.running = Some((live.clone(), Arc::new(ConfigFacts::of(live))));
+            let config = ConfigFacts::of(live);
+            let config = if self.hosted { config.at_another_host() } else { config };
+            self.running = Some((live.clone(), Arc::new(config)));
         }
     }
 

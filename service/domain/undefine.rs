@@ -228,6 +228,7 @@ impl Domain {
     /// all of that in one sentence.
     async fn plan_undefine(&self, options: &UndefineOptions) -> Result<Planned> {
         options.check()?;
+        self.host_can(&verb::UNDEFINE)?;
         let (live, stored) = self.configurations()?;
         let stored = stored.ok_or_else(|| self.vanished())?;
         let belongings = self.driver.belongings(&stored).await;

@@ -12,6 +12,7 @@ pub mod checkpoints;
 pub mod devices;
 pub mod given;
 pub mod host_devices;
+pub mod inventory;
 pub mod network;
 pub mod reports;
 pub mod saved;
@@ -171,6 +172,12 @@ pub trait Driver: Send + Sync {
 
     /// Work on the disks of guests that run, where the driver can do it.
     fn block_jobs(&self) -> Option<&dyn block_jobs::BlockJobs> {
+        None
+    }
+
+    /// The machines that a host keeps by itself, if this driver is one for such a host. It has none of ours then, and
+    /// [`inventory::Inventory::start`] is what starts those.
+    fn inventory(&self) -> Option<&dyn inventory::Inventory> {
         None
     }
 
@@ -550,6 +557,10 @@ pub enum DriverEvent {
     Suspended(Suspended),
     /// CPUs go on.
     Resumed,
+    /// Somebody else has stopped the CPUs: the host that keeps the machine was not asked for it by us.
+    SuspendedByOthers,
+    /// Somebody else lets the CPUs go on, likewise.
+    ResumedByOthers,
     /// The guest fell asleep.
     PmSuspended(PmSuspended),
     /// The guest woke up.
@@ -596,6 +607,8 @@ impl DriverEvent {
 pub enum Exit {
     /// `destroy` was called.
     Requested,
+    /// Somebody else has ended it by force.
+    Forced,
     /// It ended in order without `destroy` (a signal from outside, `quit` on another monitor).
     Orderly,
     /// It died; with its last words, empty if it had none.
@@ -635,6 +648,9 @@ pub enum DriverError {
     /// The hypervisor did not answer in time.
     #[error("{0}")]
     TimedOut(String),
+    /// The host that keeps the machine does not answer: says which, since when and why.
+    #[error("{0}")]
+    Unreachable(String),
     /// A file or device could not be used.
     #[error("{0}")]
     Storage(String),

@@ -77,11 +77,13 @@ words! {
         Crashed = "crashed",
         /// Active, the guest sleeps and can be woken.
         PmSuspended = "pmsuspended",
+        /// Not known: the host that keeps it does not answer.
+        Unknown = "unknown",
     }
 }
 
 impl DomainState {
-    /// Whether a guest exists, in whatever condition.
+    /// Whether a guest exists, in whatever condition. Not to be asked where nothing is known.
     pub fn is_active(self) -> bool {
         self != DomainState::Shutoff
     }
@@ -130,6 +132,10 @@ words! {
         Daemon = "daemon",
         /// The guest's kernel panicked.
         Panicked = "panicked",
+        /// Somebody else did it, on the host that keeps the machine.
+        External = "external",
+        /// The host that keeps the machine does not answer.
+        Unreachable = "unreachable",
     }
 }
 

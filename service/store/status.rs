@@ -103,6 +103,12 @@ struct Kept {
 }
 
 impl StatusFile {
+    /// Of a guest of which nothing is written, as another host keeps its machine.
+    pub fn of_nobody() -> Arc<StatusFile> {
+        let (path, saved) = (PathBuf::new(), PathBuf::new());
+        Arc::new(StatusFile { path, saved, kept: Mutex::default(), marked: watch::Sender::default() })
+    }
+
     /// Changes it and writes it. On failure it is as before. Nothing is written of a guest that has gone, nor a
     /// configuration that could not be read again: then the one before it, which could, is what finds the guest.
     pub fn update(&self, change: impl FnOnce(&mut Status)) -> Result<()> {

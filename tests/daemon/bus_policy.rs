@@ -14,6 +14,7 @@ const INTERFACES: &[&str] = &[
     "org.virt.Job",
     "org.virt.Manager.NodeDevice",
     "org.virt.NodeDevice",
+    "org.virt.Host",
     "org.virt.StatsSubscription",
     "org.freedesktop.DBus.Properties",
     "org.freedesktop.DBus.ObjectManager",

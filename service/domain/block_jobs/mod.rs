@@ -273,6 +273,7 @@ impl Domain {
     ) -> Result<Ticket> {
         self.accepted(caller, &verb::BLOCK_RESIZE, async {
             self.allow(caller, verb::BLOCK_RESIZE.action).await?;
+            self.host_can(&verb::BLOCK_RESIZE)?;
             let change = self.change(caller, &verb::BLOCK_RESIZE);
             if change.has_turn() && self.is_whole() {
                 self.plan_resize(target, size).await?;

@@ -184,7 +184,7 @@ impl Domain {
     /// Whether one of these files is, or is to be, another machine's.
     fn others_name(&self, files: &[&Path]) -> bool {
         let others = self.domains.all();
-        others.into_iter().filter(|other| other.uuid != self.uuid).any(|other| {
+        others.into_iter().filter(|other| other.uuid != self.uuid && other.hosted.is_none()).any(|other| {
             let state = lock(&other.state);
             let live = state.guest.iter().flat_map(|guest| images(&guest.live).map(Path::new));
             live.chain(state.stored.iter().flat_map(|stored| stored.images())).any(|image| files.contains(&image))
@@ -389,10 +389,9 @@ impl Domain {
             DomainState::PmSuspended => Err(Error::OperationUnsupported(format!(
                 "domain '{name}' is asleep (pmsuspended) and cannot be snapshotted; wake it first"
             ))),
-            DomainState::Shutdown | DomainState::Crashed => Err(Error::OperationUnsupported(format!(
-                "domain '{name}' is {}, and cannot be snapshotted; reset or destroy it first",
-                state.state
-            ))),
+            DomainState::Shutdown | DomainState::Crashed | DomainState::Unknown => Err(Error::OperationUnsupported(
+                format!("domain '{name}' is {}, and cannot be snapshotted; reset or destroy it first", state.state),
+            )),
             DomainState::Shutoff => Ok(SnapshotState::Domain(DomainState::Shutoff)),
             _ if options.disk_only => Ok(SnapshotState::DiskSnapshot),
             DomainState::Paused => Ok(SnapshotState::Domain(DomainState::Paused)),

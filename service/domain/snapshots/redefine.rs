@@ -26,6 +26,7 @@ impl Domain {
         doc: SnapshotDoc,
         options: &CreateOptions,
     ) -> Result<(Option<String>, Ticket)> {
+        self.host_can(&verb::CREATE_SNAPSHOT)?;
         let record = self.restored(doc.clone(), options)?;
         if let Ok(def) = &record.def {
             self.keepable(def.clone()).await?;
