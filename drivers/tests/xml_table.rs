@@ -24,6 +24,10 @@ message then says so. An element in brackets stands for itself and all below it.
 define filters. It acts as two chains of nftables at the bridge, in a table of the card's own, made before the card is in the bridge
 and gone with it. A filter that looks at addresses is told them (`IP`, `IPV6`; `DHCPSERVER`, `GATEWAY_MAC`): they are not learnt from
 what a guest sends. While a machine runs, a card keeps its filter.
+
+The `<encryption>` of a TPM names a secret of type `vtpm` by its uuid, or one for nothing in particular. With its value the state is
+encrypted from its making on: a state that is there stays as it was made, so who adds the element, takes it out or sets
+another value removes the state, or finds that QEMU does not start.
 ";
 
 /// One element's line, or `None` if it is covered by the line of an element above.
