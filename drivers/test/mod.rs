@@ -13,12 +13,14 @@ mod consoles;
 mod control;
 mod guest;
 mod nbd;
+mod networks;
 mod saved;
 mod snapshots;
 mod stats;
 
 pub use control::GuestControl;
 pub use guest::Asked;
+pub use networks::TestNetworks;
 
 use crate::host::files::Seen;
 use crate::host::workers::{Errand, Workers, blocking};
