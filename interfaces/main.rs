@@ -7,6 +7,7 @@
 
 use clap::Parser;
 use futures_util::StreamExt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +15,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use virt_drivers::DriverConfig;
 use virt_drivers::network::{HostNetworks, OwnNetwork, inside, leases};
 use virt_drivers::nodedev::LinuxDevices;
+use virt_drivers::test::TestNetworks;
+use virt_model::driver::network::NetworkDriver;
 use virt_service::authz::Authority;
 use virt_service::{Host, Service, Settings};
 use virtd::caller::Callers;
@@ -21,7 +24,7 @@ use virtd::firewalld::Firewalld;
 use virtd::link::Link;
 use virtd::polkit::{Bus, Polkit};
 use virtd::session::OwnerOnly;
-use virtd::settings::{Arguments, Config, Folders, Kind, QemuConfig, UseKvm};
+use virtd::settings::{Arguments, Config, Folders, Kind, NetworksBy, QemuConfig, UseKvm};
 use virtd::{End, Server, Serving};
 
 /// How long the bus may take to take the last signals.
@@ -94,19 +97,12 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let driver_config = driver_config(arguments.kind(), config.qemu, &folders, own_network);
     let secrets = driver_config.secrets.clone();
     let devices = LinuxDevices::new(driver_config.claims.clone(), driver_config.system);
-    let networks = HostNetworks::new(&folders.runtime, &folders.state, program);
-    let networks = match arguments.kind() {
-        Kind::Session => networks,
-        Kind::System => match Firewalld::connect().await {
-            Ok(firewalld) => networks.with_zones(Arc::new(firewalld)),
-            Err(error) => {
-                tracing::warn!(%error, "networks' bridges are put into no zone of firewalld's");
-                networks
-            }
-        },
+    let networks: Arc<dyn NetworkDriver> = match config.networks.driver {
+        NetworksBy::Host => Arc::new(host_networks(arguments.kind(), &folders, program).await),
+        NetworksBy::Memory => Arc::<TestNetworks>::default(),
     };
     let (drivers, storage) = virt_drivers::with_storage(driver_config);
-    let host = Host { secrets, storage, networks: Arc::new(networks) };
+    let host = Host { secrets, storage, networks };
     let settings = Settings { paths: folders.paths(), limits: config.limits.into() };
     let opened = Service::open(settings, drivers, host, authority, Arc::new(callers.clone())).await;
     let (service, events) = opened.map_err(|error| error.to_string())?;
@@ -130,6 +126,21 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     service.events().flush().await;
     let _ = tokio::time::timeout(PATIENCE, served.serving.sent()).await;
     Ok(())
+}
+
+/// Networks of this host; on the system bus their bridges are in a zone of firewalld's, where that runs.
+async fn host_networks(kind: Kind, folders: &Folders, program: Option<PathBuf>) -> HostNetworks {
+    let networks = HostNetworks::new(&folders.runtime, &folders.state, program);
+    if kind == Kind::Session {
+        return networks;
+    }
+    match Firewalld::connect().await {
+        Ok(firewalld) => networks.with_zones(Arc::new(firewalld)),
+        Err(error) => {
+            tracing::warn!(%error, "networks' bridges are put into no zone of firewalld's");
+            networks
+        }
+    }
 }
 
 /// The bus, as long as we are on it.

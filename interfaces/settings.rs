@@ -88,6 +88,8 @@ pub struct Config {
     pub limits: LimitsConfig,
     /// `[[host]]`, each
     pub host: Vec<HostConfig>,
+    /// `[networks]`
+    pub networks: NetworksConfig,
 }
 
 /// A host of another hypervisor.
@@ -137,6 +139,25 @@ impl HostConfig {
             ..usual
         })
     }
+}
+
+/// What networks are made of.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct NetworksConfig {
+    /// Who makes them.
+    pub driver: NetworksBy,
+}
+
+/// Who makes networks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum NetworksBy {
+    /// Of the host's bridges, rules and servers.
+    #[default]
+    Host,
+    /// In memory, as the test driver makes machines: nothing of them is on the host, and they end with virtd.
+    Memory,
 }
 
 /// Who runs QEMU on the system bus.
@@ -376,6 +397,12 @@ mod tests {
         let config = Config::read(&file).unwrap();
         assert_eq!((config.qemu.user.as_str(), config.qemu.group, config.qemu.kvm), ("q", None, UseKvm::Off));
         assert_eq!(config.limits.jobs_per_user, 3);
+        assert_eq!(config.networks.driver, NetworksBy::Host);
+        std::fs::write(&file, "[networks]\ndriver = \"memory\"\n").unwrap();
+        assert_eq!(Config::read(&file).unwrap().networks.driver, NetworksBy::Memory);
+        std::fs::write(&file, "[networks]\ndriver = \"libvirt\"\n").unwrap();
+        let error = Config::read(&file).unwrap_err();
+        assert!(error.contains("host") && error.contains("memory"), "{error}");
         std::fs::write(&file, "[qemu]\nkvm = \"on\"\n").unwrap();
         let error = Config::read(&file).unwrap_err();
         assert!(error.contains("auto") && error.contains("off"), "{error}");

@@ -83,7 +83,7 @@ use object::ObjectRef;
 use secret::Secrets;
 use shared::Shared;
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use storage::Pools;
 use store::Store;
 use tokio::sync::mpsc;
@@ -189,10 +189,30 @@ impl Service {
         devices.ok_or_else(|| Error::NoSuchNodeDevice(shorten(port)))?.by_wwn(node, port)
     }
 
-    /// Makes a device of the host, or stores how it is made. Error: `OperationUnsupported`, as none is made yet.
-    pub async fn make_node_device(&self, caller: &Caller, verb: &'static Verb) -> Result<std::convert::Infallible> {
+    /// Makes a device of the host from its document, a mediated device or a virtual port: it is there when this returns, until it is
+    /// ended or the host boots. Errors: `ConfigInvalid`; `NoSuchNodeDevice` names the parent; `OperationInvalid` where it is there
+    /// already, or the parent can have no more; `OperationUnsupported` where the parent can have none of that kind.
+    pub async fn create_node_device(&self, caller: &Caller, xml: &str) -> Result<Arc<HostDevice>> {
+        let (verb, begun) = (&verb::CREATE_NODE_DEVICE, Instant::now());
+        let made = async {
+            self.allow(caller, verb, &Subject::default()).await?;
+            let none =
+                || Error::OperationUnsupported("cannot create a node device: the host's are not followed".to_owned());
+            self.node_devices.get().ok_or_else(none)?.create(xml).await
+        };
+        let made = made.await;
+        match &made {
+            Ok(device) => frames::log_of(&**device, caller, verb, begun, None),
+            Err(error) => log::refused(caller, verb, begun, error),
+        }
+        made
+    }
+
+    /// Stores how a device of the host is made. Error: `OperationUnsupported`, as none is stored yet.
+    pub async fn define_node_device(&self, caller: &Caller) -> Result<std::convert::Infallible> {
+        let verb = &verb::DEFINE_NODE_DEVICE;
         self.allow(caller, verb, &Subject::default()).await?;
-        Err(Error::OperationUnsupported(format!("cannot {} a node device: {}", verb.word, nodedev::NOT_MADE)))
+        Err(Error::OperationUnsupported(format!("cannot {} a node device: {}", verb.word, nodedev::NOT_STORED)))
     }
 
     /// The stream of changes.

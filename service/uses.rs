@@ -23,14 +23,14 @@ pub enum Needed {
 pub struct Need {
     /// What.
     pub what: Needed,
-    /// Where: the target of a disk, the address of a card, the kind of a display, the name of a volume.
+    /// Where: the target of a disk, `tpm`, the address of a card, the kind of a display, the name of a volume.
     pub place: Box<str>,
 }
 
 /// All that a definition needs.
 pub(crate) fn needs_of(def: &DomainDef) -> Box<[Need]> {
     let secrets = def.secret_names().into_iter();
-    let secrets = secrets.map(|(disk, name)| Need { what: Needed::Secret(name), place: disk.into() });
+    let secrets = secrets.map(|(user, name)| Need { what: Needed::Secret(name), place: user.place().into() });
     let networks =
         def.named_networks().map(|(name, place)| Need { what: Needed::Network(name.into()), place: place.into() });
     secrets.chain(networks).collect()

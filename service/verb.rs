@@ -64,6 +64,8 @@ pub enum When {
     Detached,
     /// It is a device that no driver of the host's has.
     Undriven,
+    /// It is a device that the kernel was told to make.
+    Made,
     /// In none yet.
     Never,
 }
@@ -306,7 +308,7 @@ verbs! {
         LIST_NODE_DEVICES = "ListNodeDevices", None, Always, "list";
         GET_NODE_DEVICE = "GetNodeDevice", None, Always, "get";
         GET_NODE_DEVICE_BY_WWN = "GetNodeDeviceByWWN", None, Always, "get";
-        CREATE_NODE_DEVICE = "CreateNodeDevice", Some(DeviceCreate), Never, "create";
+        CREATE_NODE_DEVICE = "CreateNodeDevice", Some(DeviceCreate), Always, "create";
         DEFINE_NODE_DEVICE = "DefineNodeDevice", Some(DeviceCreate), Never, "define";
     }
 
@@ -316,7 +318,7 @@ verbs! {
         REATTACH = "Reattach", Some(DeviceDetach), Detached, "reattach";
         RESET_DEVICE = "Reset", Some(DeviceDetach), Undriven, "reset";
         CHECK_DETACH = "CheckDetach", Some(DeviceRead), Always, "check";
-        DESTROY_DEVICE = "Destroy", Some(DeviceCreate), Never, "destroy";
+        DESTROY_DEVICE = "Destroy", Some(DeviceCreate), Made, "destroy";
         NODE_DEVICE_XML = "GetXML", Some(DeviceRead), Always, "get XML of";
         NODE_DEVICE_CAN = "Can", None, Always, "can";
     }

@@ -202,7 +202,7 @@ fn the_example_configuration_shows_the_defaults() {
     let shown = Config::read(&project_file("data/virtd.toml")).unwrap();
     assert_eq!(shown, Config::default());
     let keys = read("data/virtd.toml").lines().filter(|line| line.contains(" = ")).count();
-    assert_eq!(keys, 15, "a key is missing, or this number is old");
+    assert_eq!(keys, 16, "a key is missing, or this number is old");
 }
 
 #[test]

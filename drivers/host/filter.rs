@@ -4,7 +4,7 @@
 //! The table is made before the device is in a bridge. The kernel knows the device by its number, which no other one gets: what
 //! is left of a device that has gone filters nobody, and [`sweep`] takes it away.
 
-use super::tap::output_within;
+use super::tap::{number_of, output_within};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::io;
@@ -182,6 +182,22 @@ fn announcement(mac: Mac) -> String {
     )
 }
 
+/// Has the kernel hold a device that is there to that filter in the place of the one that it may have, or to none: in one step, before
+/// and after which one of the two counts for each frame. On error it is as it was. Blocks.
+pub fn change(device: &str, plan: Option<&FilterPlan>) -> io::Result<()> {
+    let number = number_of(device)?;
+    match plan {
+        Some(plan) => plan.put(number),
+        None => remove(number),
+    }
+}
+
+/// Takes away what the device of that number is held to, if it is; another may do the same meanwhile.
+fn remove(number: impl std::fmt::Display) -> io::Result<()> {
+    let table = format!("bridge {PREFIX}{number}");
+    output_within("nft", &[&format!("add table {table} ; delete table {table}")], &[]).map(drop)
+}
+
 /// Takes away what is left of devices that have gone. Blocks.
 pub fn sweep() -> io::Result<()> {
     // Before the devices: a table that comes after this is left alone, and the device of any other was there before it.
@@ -192,12 +208,7 @@ pub fn sweep() -> io::Result<()> {
         links.as_array().into_iter().flatten().filter_map(|link| link["ifindex"].as_u64()).collect();
     let all = tables["nftables"].as_array().into_iter().flatten();
     let ours = all.filter_map(|object| object["table"]["name"].as_str()?.strip_prefix(PREFIX)?.parse::<u64>().ok());
-    for gone in ours.filter(|number| !there.contains(number)) {
-        let table = format!("bridge {PREFIX}{gone}");
-        // Another may have swept it meanwhile.
-        output_within("nft", &[&format!("add table {table} ; delete table {table}")], &[])?;
-    }
-    Ok(())
+    ours.filter(|number| !there.contains(number)).try_for_each(remove)
 }
 
 #[cfg(test)]

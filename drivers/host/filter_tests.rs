@@ -1,7 +1,7 @@
 //! Filters of guests' cards by frames that go through, in a network namespace of the test's own: one card is filtered, one beside it
 //! in the bridge is not.
 
-use super::{FilterPlan, sweep};
+use super::{FilterPlan, change, sweep};
 use crate::host::tap::{TapPlan, open};
 use crate::network::tests::{is_inside, run};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -119,6 +119,23 @@ fn passed(from: &Card, to: &Card, frames: &[Vec<u8>]) -> Vec<bool> {
     frames.iter().map(|frame| came.contains(frame)).collect()
 }
 
+/// Another filter in the place of the first one, which a failure leaves; then none, and then the first one again.
+fn another_filter_takes_its_place(clean: &Card, beside: &Card) {
+    let plan = |name| FilterPlan::of(&filter(name), OURS);
+    let somebody = Mac([0x52, 0x54, 0, 0, 0, 8]);
+    let any_address = [packet(OTHER, somebody, HERE, THERE, TCP), packet(OTHER, OURS, THERE, HERE, TCP)];
+    change("clean", Some(&plan(FilterName::NoMacSpoofing))).unwrap();
+    assert_eq!(passed(clean, beside, &any_address), [false, true]);
+    let broken = FilterPlan { from_guest: vec!["drop".to_owned(), "no rule".to_owned()], ..FilterPlan::default() };
+    assert!(change("clean", Some(&broken)).unwrap_err().to_string().contains("nft does not take its filter"));
+    assert_eq!(passed(clean, beside, &any_address), [false, true]);
+    for _ in 0..2 {
+        change("clean", None).unwrap();
+        assert_eq!(passed(clean, beside, &any_address), [true, true]);
+    }
+    change("clean", Some(&plan(FilterName::CleanTraffic))).unwrap();
+}
+
 #[test]
 fn what_is_false_stays_out_and_what_is_right_passes() {
     if !is_inside("host::filter::tests::what_is_false_stays_out_and_what_is_right_passes") {
@@ -152,6 +169,8 @@ fn what_is_false_stays_out_and_what_is_right_passes() {
     let only = Card::new("only", Some(FilterName::NoMacSpoofing));
     let own = [packet(OTHER, OTHER, THERE, HERE, TCP), packet6(OTHER, OURS)];
     assert_eq!(passed(&only, &beside, &own), [false, true]);
+    another_filter_takes_its_place(&clean, &beside);
+    assert_eq!(passed(&only, &beside, &own), [false, true], "that of the other card stays");
     drop(clean);
     // A thread that makes a process has copies of what is open, until it ends; nothing tells of that.
     while Path::new("/sys/class/net/clean").exists() {

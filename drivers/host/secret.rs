@@ -1,9 +1,9 @@
 //! Secrets that the administrator keeps, a file each: what they are called is their name, and nobody else can read them.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use uuid::Uuid;
 use virt_model::driver::DriverError;
@@ -96,11 +96,11 @@ fn open(path: &Path) -> io::Result<Vec<u8>> {
     Ok(content)
 }
 
-/// An open file in memory with that content, for a process that is to read it.
+/// An open file in memory with that content, which a process is to read from its beginning, where the descriptor stands.
 pub fn handed(content: &[u8]) -> io::Result<OwnedFd> {
-    let fd = rustix::fs::memfd_create("secret", rustix::fs::MemfdFlags::CLOEXEC)?;
-    File::from(fd.try_clone()?).write_all(content)?;
-    Ok(fd)
+    let file = File::from(rustix::fs::memfd_create("secret", rustix::fs::MemfdFlags::CLOEXEC)?);
+    file.write_all_at(content, 0)?;
+    Ok(file.into())
 }
 
 #[cfg(test)]

@@ -233,7 +233,7 @@ pub fn plug_again(name: &str, plan: &TapPlan) -> io::Result<()> {
 }
 
 /// The kernel's number of a device.
-fn number_of(name: &str) -> io::Result<u32> {
+pub(super) fn number_of(name: &str) -> io::Result<u32> {
     let name = std::ffi::CString::new(name).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     // SAFETY: the name ends with a zero.
     match unsafe { libc::if_nametoindex(name.as_ptr()) } {

@@ -7,7 +7,7 @@ use super::link;
 use super::make::{Maker, Namespace};
 use super::own::{HOLDER, IS_READY, READY};
 use crate::host::apart;
-use crate::host::filter;
+use crate::host::filter::{self, FilterPlan};
 use crate::host::neighbours;
 use crate::host::tap::{self, Rate, TapPlan, VlanPlan};
 use crate::host::wall;
@@ -78,6 +78,8 @@ pub(crate) enum Request {
     SweepFilters,
     /// [`tap::change_plug`].
     ChangePlug { device: String, plan: TapPlan },
+    /// [`filter::change`].
+    ChangeFilter { device: String, plan: Option<FilterPlan> },
     /// [`tap::change_limit`].
     ChangeLimit { device: String, rate: Option<Rate>, leaving: bool },
     /// [`tap::limit_of`].
@@ -295,6 +297,7 @@ fn perform(request: Request) -> Performed {
         Request::Tap(plan) => tap::open(&plan).map(|ends| (Answer::Done, ends)).map_err(failed),
         Request::SweepFilters => filter::sweep().map(done).map_err(failed),
         Request::ChangePlug { device, plan } => tap::change_plug(&device, &plan).map(done).map_err(failed),
+        Request::ChangeFilter { device, plan } => filter::change(&device, plan.as_ref()).map(done).map_err(failed),
         Request::ChangeLimit { device, rate, leaving } => {
             tap::change_limit(&device, rate, leaving).map(done).map_err(failed)
         }

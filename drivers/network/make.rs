@@ -519,11 +519,10 @@ impl Maker {
     /// The first /24 from 192.168.122.0 that no route leads to.
     pub fn free_net(&self, others: &[Net]) -> Result<Net, NetworkError> {
         let routes = link::routes().map_err(|error| NetworkError::Failed(error.to_string()))?;
-        let nets = (122..=255).map(|third| Net { first: IpAddr::from([192, 168, third, 0]), prefix: 24 });
-        let free = |net: &Net| taken(&routes, net).is_none() && !others.iter().any(|other| other.overlaps(net));
+        let is_taken = |net: &Net| taken(&routes, net).is_some() || others.iter().any(|other| other.overlaps(net));
         let none =
             || NetworkError::Failed("no net from 192.168.122.0/24 to 192.168.255.0/24 is free: say <ip>".to_owned());
-        nets.into_iter().find(free).ok_or_else(none)
+        Net::first_free(is_taken).ok_or_else(none)
     }
 
     /// Plugs cards of guests that are in no bridge into this one.

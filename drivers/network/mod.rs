@@ -41,7 +41,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use uuid::Uuid;
-use virt_model::domain::value::Mac;
 use virt_model::driver::network::{
     Lease, NetworkDriver, NetworkError, NetworkReport, PartlySeen, PluggedCard, Problem, ProblemToken,
 };
@@ -221,18 +220,8 @@ impl NetworkDriver for HostNetworks {
     }
 
     async fn complete(&self, def: &mut NetworkDef, taken: &[String]) {
-        if !def.mode().is_ours() {
-            return;
-        }
-        if def.bridge_name().is_none() {
-            let known = self.does(|_| link::names()).await.ok().and_then(Result::ok).unwrap_or_default();
-            let names = (0..10_000).map(|n| format!("virbr{n}"));
-            let free = |name: &String| !known.contains(name) && !taken.contains(name);
-            names.into_iter().find(free).iter().for_each(|name| def.set_bridge_name(name));
-        }
-        if def.mac.is_none() {
-            def.mac.get_or_insert_default().address = Mac::made_up();
-        }
+        let known = self.does(|_| link::names()).await.ok().and_then(Result::ok).unwrap_or_default();
+        def.complete(|name| known.iter().chain(taken).any(|one| one == name));
     }
 
     async fn free_net(&self, taken: &[Net]) -> Result<Net, NetworkError> {

@@ -8,6 +8,7 @@
 
 mod follow;
 mod inventory;
+mod made;
 mod names;
 mod read;
 mod uevent;
@@ -28,7 +29,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::{DetachedDevice, DeviceNews, HostDevices};
-use virt_model::nodedev::{About, COMPUTER, NodeDevice, PciAbout};
+use virt_model::nodedev::{About, COMPUTER, NewDevice, NodeDevice, PciAbout};
 
 /// How long a device may take to be taken from a driver or given to one, or to be reset.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -78,6 +79,8 @@ pub struct LinuxDevices {
     most: usize,
     /// How long the kernel may take with one before nobody waits any more.
     patience: Duration,
+    /// How the kernel is told what to make and to end.
+    write: fn(&Path, &str) -> io::Result<()>,
     inventory: Mutex<Inventory>,
 }
 
@@ -86,7 +89,16 @@ impl LinuxDevices {
     pub fn new(claims: Claims, takes: bool) -> Arc<LinuxDevices> {
         let host = Host::this();
         let pci = Pci::below(&host.sys);
-        Arc::new(LinuxDevices { host, pci, claims, takes, most: MOST, patience: PATIENCE, inventory: Mutex::default() })
+        Arc::new(LinuxDevices {
+            host,
+            pci,
+            claims,
+            takes,
+            most: MOST,
+            patience: PATIENCE,
+            write: |path, text| std::fs::write(path, text),
+            inventory: Mutex::default(),
+        })
     }
 
     fn inventory(&self) -> MutexGuard<'_, Inventory> {
@@ -199,7 +211,7 @@ impl HostDevices for LinuxDevices {
     }
 
     fn only_reads(&self) -> Option<&'static str> {
-        (!self.takes).then_some("only the virtd of the system bus takes devices from the host's drivers")
+        (!self.takes).then_some("only the virtd of the system bus takes devices from the host's drivers, and makes any")
     }
 
     async fn host_uses(&self, device: &NodeDevice) -> Result<Vec<(&'static str, String)>, DriverError> {
@@ -230,6 +242,14 @@ impl HostDevices for LinuxDevices {
         let driven = before.is_none_or(|before| before.driver.is_some());
         let work = unless_open(self.host.vfio.clone(), move |pci, address| pci.give_back(address, driven));
         self.hold(device, "reattaches", work).await
+    }
+
+    async fn make(&self, parent: &NodeDevice, new: &NewDevice) -> Result<(Arc<str>, Vec<DeviceNews>), DriverError> {
+        self.make_device(parent, new).await
+    }
+
+    async fn end(&self, device: &NodeDevice) -> Result<Vec<DeviceNews>, DriverError> {
+        self.end_device(device).await
     }
 
     async fn reset(&self, device: &NodeDevice) -> Result<(), DriverError> {

@@ -82,7 +82,7 @@ fn is_there(device: &Path, name: &str) -> bool {
 }
 
 /// What is in a folder, by name.
-fn entries(folder: &Path) -> Vec<PathBuf> {
+pub fn entries(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut found: Vec<PathBuf> = entries.take(MOST).map(|entry| entry.path()).collect();
     found.sort();

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::symlink;
-use virt_model::nodedev::About;
+use virt_model::nodedev::{PortParent, WideNames};
 
 /// A host in a folder.
 struct Fake {
@@ -61,8 +61,44 @@ impl Fake {
             takes: true,
             most: MOST,
             patience: PATIENCE,
+            write: kernel,
             inventory: Mutex::default(),
         })
+    }
+}
+
+/// What Linux does when these files are written, which are there: what makes a device makes its folder, and what ends it takes that away.
+fn kernel(file: &Path, text: &str) -> io::Result<()> {
+    fs::metadata(file)?;
+    let above = |levels: usize| file.ancestors().nth(levels).unwrap();
+    let sys = file.ancestors().find(|folder| folder.ends_with("sys")).unwrap();
+    let made = |device: &Path, subsystem: &str, attributes: &[(&str, &str)]| {
+        for (name, text) in attributes {
+            fs::create_dir_all(device.join(name).parent().unwrap()).unwrap();
+            fs::write(device.join(name), text).unwrap();
+        }
+        symlink(sys.join("bus").join(subsystem), device.join("subsystem"))
+    };
+    match file.file_name().unwrap().to_str().unwrap() {
+        "create" => {
+            let device = above(3).join(text);
+            made(&device, "mdev", &[("remove", "")])?;
+            symlink(above(1), device.join("mdev_type"))
+        }
+        "remove" if text == "1" => fs::remove_dir_all(above(1)),
+        "vport_create" => {
+            let (port, node) = text.split_once(':').unwrap();
+            let names = [
+                ("uevent", "DEVTYPE=scsi_host"),
+                ("fc_host/host9/node_name", &*format!("0x{node}")),
+                ("fc_host/host9/port_name", &*format!("0x{port}")),
+            ];
+            made(&above(3).join("vport-2:0-0/host9"), "scsi", &names)
+        }
+        "vport_delete" if text == "10000000c9831b4b:20000000c9831b4b" => {
+            fs::remove_dir_all(above(3).join("vport-2:0-0"))
+        }
+        other => panic!("{other}: {text}"),
     }
 }
 
@@ -254,6 +290,39 @@ fn a_device_of_each_class_is_found_with_its_name_and_parent() {
 }
 
 #[tokio::test]
+async fn a_mediated_device_and_a_virtual_port_are_made_and_ended() {
+    let fake = with_all();
+    let devices = fake.devices();
+    let news = devices.look_again(&ALL);
+    let (card, host) = (find(&news, "pci_0000_00_03_0"), find(&news, "scsi_host2"));
+    let uuid = uuid::Uuid::from_u128(7);
+    let mdev = NewDevice::Mdev { parent: card.name.to_string(), kind: "t-1".into(), uuid };
+    let none = devices.make(&card, &mdev).await.unwrap_err();
+    assert!(matches!(&none, DriverError::Unsupported(why) if why.contains("its driver makes none")), "{none}");
+    let at = |file: &str| fs::write(fake.host.sys.join("devices/pci0000:00").join(file), "").unwrap();
+    at("0000:00:03.0/mdev_supported_types/t-1/create");
+    let (name, news) = devices.make(&card, &mdev).await.unwrap();
+    assert_eq!(told(&news), [format!("mdev {name} < pci_0000_00_03_0")]);
+    let made = devices.read(&name).await.unwrap().expect("it is known");
+    assert!(made.is_made() && made.document().contains("<type id='t-1'/>"), "{}", made.document());
+    assert_eq!(told(&devices.look_again(&ALL)), ["system computer < -"], "what the kernel tells of it is known");
+    assert_eq!(told(&devices.end(&made).await.unwrap()), [format!("- {name}")]);
+    assert!(devices.read(&name).await.unwrap().is_none());
+    assert!(devices.end(&made).await.is_err(), "it has gone");
+
+    let names = WideNames { node: "20000000c9831b4b".into(), port: "10000000c9831b4b".into() };
+    let port = NewDevice::Port { parent: PortParent::Any, names };
+    at("0000:00:06.0/host2/fc_host/host2/vport_create");
+    at("0000:00:06.0/host2/fc_host/host2/vport_delete");
+    let (name, news) = devices.make(&host, &port).await.unwrap();
+    assert_eq!((&*name, told(&news)), ("scsi_host9", vec!["scsi_host scsi_host9 < scsi_host2".to_owned()]));
+    let made = devices.read(&name).await.unwrap().expect("it is known");
+    assert!(made.is_made() && !host.is_made());
+    assert_eq!(told(&devices.end(&made).await.unwrap()), ["- scsi_host9"]);
+    assert!(devices.read("scsi_host2").await.unwrap().is_some());
+}
+
+#[tokio::test]
 async fn names_come_from_udev_and_else_from_lists() {
     let fake = with_all();
     fs::write(fake.host.lists[0].join("pci.ids"), "8086  Intel Corporation\n\t10ca  82576 Virtual Function\n").unwrap();
@@ -422,6 +491,7 @@ async fn a_card_is_detached_reset_and_reattached_unless_a_guest_has_it() {
         takes: true,
         most: MOST,
         patience: PATIENCE,
+        write: kernel,
         inventory: Mutex::default(),
     });
     let card = find(&devices.look_again(&ALL), "pci_0000_06_00_0");
@@ -463,7 +533,7 @@ async fn what_the_kernel_does_not_let_go_of_is_not_waited_for() {
     let (fake, claims, patience) = (Fake::new(), Claims::default(), Duration::from_millis(10));
     let (host, pci) = (Host { sys: sys.clone(), ..fake.host.clone() }, Pci::below(&sys));
     let (claimed, most, inventory) = (claims.clone(), MOST, Mutex::default());
-    let devices = LinuxDevices { host, pci, claims: claimed, takes: true, most, patience, inventory };
+    let devices = LinuxDevices { host, pci, claims: claimed, takes: true, most, patience, write: kernel, inventory };
     let card = find(&devices.look_again(&ALL), "pci_0000_06_00_0");
     let late = devices.reattach(&card, None).await.unwrap_err();
     assert!(matches!(&late, DriverError::TimedOut(why) if why.contains("PCI device 0000:06:00.0")), "{late}");

@@ -108,13 +108,14 @@ impl Companion {
     /// One without a program, links or files yet.
     pub fn new(name: &str, role: Role) -> Companion {
         let (program, args, env, links) = (PathBuf::new(), Vec::new(), Vec::new(), Vec::new());
-        let (files, folders) = (Vec::new(), Vec::new());
+        let (secrets, files, folders) = (Vec::new(), Vec::new(), Vec::new());
         Companion {
             name: name.to_owned(),
             program,
             args,
             env,
             links,
+            secrets,
             files,
             folders,
             role,

@@ -30,6 +30,7 @@ use virt_model::driver::{
     Accepted, Adjustment, Attachment, Detachment, DomainEnd, Driver, DriverError, GivenFile, Instance, Launch,
     MachineChoice, NewMedium, Reconnect, Reconnected, Removable, Running, StoredFile,
 };
+use virt_model::secret::SecretUser;
 use virt_model::xml::{Finding, FindingKind, refusals, shorten};
 
 #[async_trait]
@@ -133,8 +134,8 @@ impl Driver for QemuDriver {
         let here = def.clone();
         findings.extend(blocking(move || needs::taken_ports(&here)).await?);
         let lacks = self.lacks_secrets(def).await?.into_iter();
-        let told = |(disk, lack): (String, DriverError)| {
-            Finding::anywhere(FindingKind::Unsupported, "/devices/disk", format!("disk '{disk}': {lack}"))
+        let told = |(user, lack): (SecretUser, DriverError)| {
+            Finding::anywhere(FindingKind::Unsupported, user.path(), format!("{user}: {lack}"))
         };
         findings.extend(lacks.map(told));
         Ok(findings)

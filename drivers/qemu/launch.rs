@@ -16,7 +16,7 @@ use super::live;
 use super::log::Log;
 use super::make;
 use super::monitor::Monitor;
-use super::plan::{Command, Companion, Expected, HostFile, MemorySource, Role, SecretContent, VSOCK_FD};
+use super::plan::{Command, Companion, Expected, HostFile, MemorySource, Role, Secret, SecretContent, VSOCK_FD};
 use super::qmp::{COMMAND_TIMEOUT, Qmp};
 use super::record::{Keeper, Phase, Record};
 use super::report::Reporter;
@@ -197,7 +197,7 @@ impl Start {
         keeper: &Arc<Keeper>,
         made: &mut Made,
     ) -> Result<Up, DriverError> {
-        let secrets = self.hand_secrets().await?;
+        let secrets = self.hand(&self.command.secrets).await?;
         let (start, own) = (self.clone(), self.leavings().own_dir());
         let begun = async {
             match self.lender.is_wary() {
@@ -249,10 +249,10 @@ impl Start {
         self.workers.run(errand, move |stop| work(stop)).await
     }
 
-    /// The secrets that QEMU is to find, each in an open file in memory.
-    async fn hand_secrets(&self) -> Result<Vec<(RawFd, OwnedFd)>, DriverError> {
+    /// Secrets that a process is to find, each in an open file in memory.
+    async fn hand(&self, secrets: &[Secret]) -> Result<Gifts, DriverError> {
         let mut handed = Vec::new();
-        for secret in &self.command.secrets {
+        for secret in secrets {
             let content = match &secret.content {
                 SecretContent::Kept(name) => self.secrets.named(name).await?,
                 SecretContent::Said(text) => text.clone().into_bytes().into(),
@@ -384,8 +384,9 @@ impl Start {
             bounds: self.bounds,
             output: prepared.output.clone(),
         });
-        for (companion, gifts) in std::mem::take(&mut prepared.companions) {
+        for (companion, mut gifts) in std::mem::take(&mut prepared.companions) {
             self.still_wanted()?;
+            gifts.extend(self.hand(&companion.secrets).await?);
             let living = side.start(keeper, &companion, gifts, prepared.lent.clone()).await?;
             made.companions.push(living);
             let within = match &companion.role {

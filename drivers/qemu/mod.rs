@@ -83,6 +83,7 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::{DriverError, Instance, Launch, Running};
+use virt_model::secret::{SecretName, SecretUser};
 use virt_model::xml::{Finding, FindingKind};
 
 /// Drives QEMU on this host.
@@ -208,14 +209,18 @@ impl QemuDriver {
         Arc::new(move || inner.privileges.tools())
     }
 
-    /// The secrets that it names and cannot have, each with the disk that needs it.
-    async fn lacks_secrets(&self, def: &DomainDef) -> Result<Vec<(String, DriverError)>, DriverError> {
-        let named = def.secret_names().into_iter().map(|(disk, name)| (disk.to_owned(), name)).collect::<Vec<_>>();
+    /// The secrets that it names and cannot have, each with the device that needs it.
+    async fn lacks_secrets(&self, def: &DomainDef) -> Result<Vec<(SecretUser, DriverError)>, DriverError> {
+        let named = def.secret_names();
         if named.is_empty() {
             return Ok(Vec::new());
         }
         let vault = self.0.secrets.clone();
-        blocking(move || named.into_iter().filter_map(|(disk, name)| Some((disk, vault.lacks(&name)?))).collect()).await
+        let lacking = move |(user, name): (SecretUser, SecretName)| {
+            let lack = vault.lacks(&name, user.only_takes())?;
+            Some((user, lack))
+        };
+        blocking(move || named.into_iter().filter_map(lacking).collect()).await
     }
 
     /// As [`Privileges::lender`], which may block: the database of users may be far away. `process` is its QEMU, if it runs.

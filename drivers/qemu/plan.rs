@@ -109,7 +109,7 @@ pub struct Tap {
     pub plan: TapPlan,
 }
 
-/// A secret that QEMU finds in an open file: never in an argument, which everybody on the host can read.
+/// A secret that QEMU, or what runs beside it, finds in an open file: never in an argument, which everybody on the host can read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Secret {
     /// At which file descriptor.
@@ -140,6 +140,8 @@ pub struct Companion {
     pub env: Vec<(String, String)>,
     /// How it is reached.
     pub links: Vec<Link>,
+    /// Secrets that it finds open, at descriptors as those of [`Link`]. They are handed over at a machine's start alone.
+    pub secrets: Vec<Secret>,
     /// What it must be able to open.
     pub files: Vec<HostFile>,
     /// Folders made where they are missing, for whom it runs as and nobody else.

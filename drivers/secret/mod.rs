@@ -90,11 +90,15 @@ impl Vault {
         }
     }
 
-    /// Why a machine that names this secret could not be started, if so. Blocks for files of virtd's own and the administrator's.
-    pub fn lacks(&self, name: &SecretName) -> Option<DriverError> {
+    /// Why a machine that names this secret could not be started, if so. `only`: it takes secrets of that kind, and those that are for
+    /// nothing in particular. Blocks for files of virtd's own and the administrator's.
+    pub fn lacks(&self, name: &SecretName, only: Option<UsageKind>) -> Option<DriverError> {
         let Some(uuid) = self.find(name) else {
             return self.in_file(name).err().filter(|_| self.find(name).is_none());
         };
+        if let Some(other) = only.and_then(|only| self.is_of_another_kind(uuid, only)) {
+            return Some(DriverError::NotPossible(format!("the secret {name} {other}")));
+        }
         match self.kept(uuid) {
             Ok(Some(_)) => None,
             Ok(None) => Some(has_no_value(name)),
@@ -112,6 +116,13 @@ impl Vault {
         let all: Vec<_> = defined.iter().filter(|(_, (_, of))| of == id && !id.is_empty()).collect();
         let exact = all.iter().find(|(_, (of, _))| *of == kind);
         exact.or(if let [one] = &all[..] { Some(one) } else { None }).map(|(uuid, _)| **uuid)
+    }
+
+    /// What a secret is, and what to do, if it is neither of that kind nor for nothing in particular.
+    fn is_of_another_kind(&self, uuid: Uuid, only: UsageKind) -> Option<String> {
+        let kind = lock(&self.defined).get(&uuid)?.0;
+        let other = kind != only && kind != UsageKind::None;
+        other.then(|| format!("is of type '{kind}', and one of type '{only}' is needed here: name another"))
     }
 
     /// The administrator's file of that name.
@@ -316,7 +327,7 @@ mod tests {
         let usage = |kind| SecretName::Usage(kind, "/srv/a.img".into());
         let missing = vault.named(&usage(UsageKind::Volume)).await.unwrap_err();
         assert!(matches!(&missing, DriverError::NoSuchSecret(text) if text.contains("'/srv/a.img'")), "{missing}");
-        assert!(matches!(vault.lacks(&usage(UsageKind::Volume)), Some(DriverError::NoSuchSecret(_))));
+        assert!(matches!(vault.lacks(&usage(UsageKind::Volume), None), Some(DriverError::NoSuchSecret(_))));
         let file = folder.path().join("files/%2Fsrv%2Fa.img");
         std::fs::write(&file, "from a file\n").unwrap();
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
@@ -325,10 +336,13 @@ mod tests {
         assert_eq!(found[0].0, SecretName::Usage(UsageKind::Volume, "/srv/a.img".into()));
         vault.is_defined(uuid, UsageKind::Volume, "/srv/a.img");
         assert!(matches!(vault.named(&SecretName::Uuid(uuid)).await, Err(DriverError::SecretMissing(_))));
-        assert!(matches!(vault.lacks(&usage(UsageKind::Volume)), Some(DriverError::SecretMissing(_))));
+        assert!(matches!(vault.lacks(&usage(UsageKind::Volume), None), Some(DriverError::SecretMissing(_))));
         vault.keep(uuid, VALUE.to_vec().into(), false, 7).await.unwrap();
         assert_eq!(vault.named(&usage(UsageKind::Ceph)).await.unwrap().bytes(), VALUE, "the only one for that");
-        assert!(vault.lacks(&usage(UsageKind::Volume)).is_none());
+        assert!(vault.lacks(&usage(UsageKind::Volume), None).is_none());
+        let by_uuid = SecretName::Uuid(uuid);
+        let other = vault.lacks(&by_uuid, Some(UsageKind::Vtpm)).map(|lack| lack.to_string()).unwrap_or_default();
+        assert!(other.contains("is of type 'volume'") && vault.lacks(&by_uuid, None).is_none(), "{other}");
         vault.is_defined(Uuid::from_u128(2), UsageKind::Iscsi, "/srv/a.img");
         assert_eq!(vault.named(&usage(UsageKind::Volume)).await.unwrap().bytes(), VALUE, "of the kind that is wanted");
         vault.is_undefined(uuid);

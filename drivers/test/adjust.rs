@@ -40,7 +40,8 @@ impl Machine {
             | Adjustment::Bridge(_)
             | Adjustment::Password(..)
             | Adjustment::Listen(_)
-            | Adjustment::Bandwidth(_) => Ok(()),
+            | Adjustment::Bandwidth(_)
+            | Adjustment::Filter(_) => Ok(()),
         }
     }
 

@@ -14,6 +14,7 @@ mod control;
 mod guest;
 mod host;
 mod nbd;
+mod networks;
 mod saved;
 mod snapshots;
 mod stats;
@@ -21,6 +22,7 @@ mod stats;
 pub use control::GuestControl;
 pub use guest::Asked;
 pub use host::{TestConnection, TestHost};
+pub use networks::TestNetworks;
 
 use crate::host::files::Seen;
 use crate::host::workers::{Errand, Workers, blocking};

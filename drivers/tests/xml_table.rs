@@ -23,7 +23,11 @@ message then says so. An element in brackets stands for itself and all below it.
 `<filterref>` names one of the filters that libvirt ships; other names are refused by `DefineDomain`, for there are no objects that
 define filters. It acts as two chains of nftables at the bridge, in a table of the card's own, made before the card is in the bridge
 and gone with it. A filter that looks at addresses is told them (`IP`, `IPV6`; `DHCPSERVER`, `GATEWAY_MAC`): they are not learnt from
-what a guest sends. While a machine runs, a card keeps its filter.
+what a guest sends. While a machine runs, `UpdateDevice` gives a card another one in one step, and none where it says `<filterref/>`.
+
+The `<encryption>` of a TPM names a secret of type `vtpm` by its uuid, or one for nothing in particular. With its value the state is
+encrypted from its making on: a state that is there stays as it was made, so who adds the element, takes it out or sets
+another value removes the state, or finds that QEMU does not start.
 ";
 
 /// One element's line, or `None` if it is covered by the line of an element above.

@@ -194,16 +194,16 @@ async fn get_by_wwn(service: Arc<Service>, call: Call) -> Outcome {
 }
 
 async fn create(service: Arc<Service>, call: Call) -> Outcome {
-    make(service, call, &verb::CREATE_NODE_DEVICE).await
+    let body = call.body();
+    let (xml, options): (&str, Options) = call::read(&body)?;
+    options.end()?;
+    let made = service.create_node_device(call.caller(), xml).await?;
+    call.reply(&paths::argument(path(made.name()))?)
 }
 
 async fn define(service: Arc<Service>, call: Call) -> Outcome {
-    make(service, call, &verb::DEFINE_NODE_DEVICE).await
-}
-
-async fn make(service: Arc<Service>, call: Call, verb: &'static verb::Verb) -> Outcome {
     let body = call.body();
     let (_, options): (&str, Options) = call::read(&body)?;
     options.end()?;
-    match service.make_node_device(call.caller(), verb).await? {}
+    match service.define_node_device(call.caller()).await? {}
 }

@@ -64,7 +64,7 @@ impl State {
     fn applies_in(&self, verb: &Verb, when: When) -> Result<()> {
         match when {
             When::Always | When::Snapshots | When::HasValue => Ok(()),
-            When::NotDetached | When::Detached | When::Undriven | When::Never => {
+            When::NotDetached | When::Detached | When::Undriven | When::Made | When::Never => {
                 Err(self.refusal(verb, "it is no device"))
             }
             When::Inactive => self.is_inactive().and_then(|()| match self.starting {

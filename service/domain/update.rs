@@ -11,6 +11,7 @@ use std::sync::Arc;
 use virt_model::device::balloon::BalloonStats;
 use virt_model::device::disk::{DiskDevice, Iotune, StartupPolicy};
 use virt_model::device::display::{Connected, Graphics, GraphicsKind, Listen, ListenKind};
+use virt_model::device::filter::FilterRef;
 use virt_model::device::interface::{Bandwidth, InterfaceKind};
 use virt_model::domain::one_device::first_not_in;
 use virt_model::domain::part::Part;
@@ -24,7 +25,13 @@ enum DeviceChange {
     /// Of the disk of that target.
     Disk { target: String, tune: Option<Iotune>, startup: Option<StartupPolicy> },
     /// Of the card that is known by that in what runs, if it runs.
-    Card { known: String, up: bool, limits: Option<Bandwidth>, bridge: Option<String> },
+    Card {
+        known: String,
+        up: bool,
+        limits: Option<Bandwidth>,
+        filter: Option<Option<FilterRef>>,
+        bridge: Option<String>,
+    },
     /// Of the display of that kind.
     Display { kind: GraphicsKind, said: Box<Graphics> },
     /// Of the balloon.
@@ -139,6 +146,11 @@ impl DeviceChange {
 
     fn card(def: &DomainDef, rest: &mut Element, log: &mut Vec<Finding>) -> Result<DeviceChange> {
         let limits = rest.take_child("bandwidth").map(|limits| Bandwidth::read(limits, log));
+        // An empty one lifts it, as that of the limits does.
+        let filter = rest.take_child("filterref").map(|filter| {
+            let says = !filter.attributes.is_empty() || !filter.nodes.is_empty();
+            says.then(|| FilterRef::read(filter, log))
+        });
         let up = match rest.take_child("link").as_ref().and_then(|link| link.attr("state")) {
             None | Some("up") => true,
             Some("down") => false,
@@ -160,7 +172,7 @@ impl DeviceChange {
         }
         let address = card.mac().map(|mac| mac.to_string());
         let known = address.or(card.info.alias().map(str::to_owned)).ok_or_else(none)?;
-        Ok(DeviceChange::Card { known, up, limits, bridge })
+        Ok(DeviceChange::Card { known, up, limits, filter, bridge })
     }
 
     /// The device as it is.
@@ -192,7 +204,7 @@ impl DeviceChange {
     fn can_change(&self) -> &'static str {
         match self {
             DeviceChange::Disk { .. } => "<iotune>, the startupPolicy and the medium of a drive",
-            DeviceChange::Card { .. } => "<link>, <bandwidth> and the bridge",
+            DeviceChange::Card { .. } => "<link>, <bandwidth>, <filterref> and the bridge",
             DeviceChange::Display { .. } => {
                 "the password (passwd, passwdValidTo, connected) and the address of <listen>"
             }
@@ -217,7 +229,7 @@ impl DeviceChange {
                     disk.source.get_or_insert_default().startup_policy = Some(*startup);
                 }
             }
-            DeviceChange::Card { known, up, limits, bridge } => {
+            DeviceChange::Card { known, up, limits, filter, bridge } => {
                 let known = link::known_by(known, running);
                 let card = link::find_mut(def, &known)?;
                 if card.link_up() != *up {
@@ -236,6 +248,10 @@ impl DeviceChange {
                     }
                     card.source.get_or_insert_default().bridge = Some(bridge.clone());
                     what.push(Adjustment::Bridge(known.clone()));
+                }
+                if let Some(filter) = filter {
+                    card.filter.clone_from(filter);
+                    what.push(Adjustment::Filter(known.clone()));
                 }
                 if let Some(limits) = limits {
                     let says = limits.inbound.is_some() || limits.outbound.is_some() || !limits.rest.is_empty();

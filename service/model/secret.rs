@@ -215,12 +215,57 @@ impl std::fmt::Display for SecretName {
     }
 }
 
+/// The device of a machine that needs a secret.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SecretUser {
+    /// The disk of that target.
+    Disk(Box<str>),
+    /// The TPM.
+    Tpm,
+}
+
+impl SecretUser {
+    /// What is said of it among the users of the secret.
+    pub fn place(&self) -> &str {
+        match self {
+            SecretUser::Disk(target) => target,
+            SecretUser::Tpm => "tpm",
+        }
+    }
+
+    /// Where it stands in a machine's document.
+    pub fn path(&self) -> &'static str {
+        match self {
+            SecretUser::Disk(_) => "/devices/disk",
+            SecretUser::Tpm => "/devices/tpm/backend/encryption",
+        }
+    }
+
+    /// The only kind of secret that it takes, besides those that are for nothing in particular. `None`: it takes any.
+    pub fn only_takes(&self) -> Option<UsageKind> {
+        match self {
+            SecretUser::Disk(_) => None,
+            SecretUser::Tpm => Some(UsageKind::Vtpm),
+        }
+    }
+}
+
+impl std::fmt::Display for SecretUser {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            SecretUser::Disk(target) => write!(f, "disk '{target}'"),
+            SecretUser::Tpm => f.write_str("the TPM"),
+        }
+    }
+}
+
 impl DomainDef {
-    /// The secrets that it names, each with the disk that needs it.
-    pub fn secret_names(&self) -> Vec<(&str, SecretName)> {
+    /// The secrets that it names, each with the device that needs it.
+    pub fn secret_names(&self) -> Vec<(SecretUser, SecretName)> {
         let mut named = Vec::new();
         for disk in &self.devices.disks {
-            let mut add = |name: Option<SecretName>| named.extend(name.map(|name| (&*disk.target.dev, name)));
+            let user = || SecretUser::Disk(disk.target.dev.as_str().into());
+            let mut add = |name: Option<SecretName>| named.extend(name.map(|name| (user(), name)));
             let mut layer = disk.backing.as_deref();
             let mut sources: Vec<_> = disk.source.iter().collect();
             while let Some(store) = layer {
@@ -237,6 +282,8 @@ impl DomainDef {
                 inner.for_each(|secret| add(SecretName::of(secret, UsageKind::Volume)));
             }
         }
+        let encrypted = self.devices.tpms.iter().filter_map(|tpm| tpm.backend.encryption.as_ref());
+        named.extend(encrypted.map(|encryption| (SecretUser::Tpm, SecretName::Uuid(encryption.secret))));
         named
     }
 }
@@ -320,11 +367,13 @@ mod tests {
              <disk type='file'><source file='/a'><encryption format='luks'><secret type='passphrase' uuid='{UUID}'/></encryption>\
              </source><target dev='vda'/></disk>\
              <disk type='network'><source protocol='rbd' name='p/i'><auth username='u'><secret type='ceph' usage='x'/></auth></source>\
-             <target dev='vdb'/></disk></devices></domain>"
+             <target dev='vdb'/></disk>\
+             <tpm><backend type='emulator'><encryption secret='{UUID}'/></backend></tpm></devices></domain>"
         );
         let def = DomainDef::parse(&xml).unwrap();
         let uuid = SecretName::Uuid(Uuid::try_parse(UUID).unwrap());
-        let named = [("vda", uuid), ("vdb", SecretName::Usage(UsageKind::Ceph, "x".into()))];
-        assert_eq!(def.secret_names(), named);
+        let disk = |target: &str| SecretUser::Disk(target.into());
+        let ceph = SecretName::Usage(UsageKind::Ceph, "x".into());
+        assert_eq!(def.secret_names(), [(disk("vda"), uuid.clone()), (disk("vdb"), ceph), (SecretUser::Tpm, uuid)]);
     }
 }

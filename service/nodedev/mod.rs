@@ -3,10 +3,11 @@
 //! The driver tells what comes, goes and changes; who uses what follows from what machines are made of. Lists are locked over
 //! a device's state, never the other way round, and no domain's state is looked at under either.
 
+mod made;
 mod verbs;
 
 pub use verbs::DetachCheck;
-pub(crate) use verbs::NOT_MADE;
+pub(crate) use verbs::NOT_STORED;
 
 use crate::authz::{Action, Subject};
 use crate::domain::Domains;
@@ -101,13 +102,12 @@ impl NodeDevices {
         loop {
             tokio::select! {
                 one = news.recv() => match one {
-                    Some(DeviceNews::Is(device)) => self.is(device),
-                    Some(DeviceNews::Gone(name)) => self.has_gone(&name),
                     Some(DeviceNews::AllTold) => {
                         if let Some(told) = told.take() {
                             tokio::spawn(self.clone().recover(told));
                         }
                     }
+                    Some(one) => self.hears(one),
                     // Whoever wanted to know when all are told waits no longer either.
                     None => break,
                 },
@@ -123,6 +123,15 @@ impl NodeDevices {
         }
     }
 
+    /// What has become of a device, whoever tells it first.
+    fn hears(self: &Arc<Self>, news: DeviceNews) {
+        match news {
+            DeviceNews::Is(device) => self.is(device),
+            DeviceNews::Gone(name) => self.has_gone(&name),
+            DeviceNews::AllTold => {}
+        }
+    }
+
     /// The device of that name.
     pub fn get(&self, name: &str) -> Result<Arc<HostDevice>> {
         let found = lock(&self.all).get(name).cloned();
@@ -131,14 +140,18 @@ impl NodeDevices {
 
     /// The host of Fibre Channel with these world wide names.
     pub fn by_wwn(&self, node: &str, port: &str) -> Result<Arc<HostDevice>> {
-        let is_it = |device: &&Arc<HostDevice>| {
+        let found = self.find(|device| {
             let facts = device.facts();
             let own = facts.device.fibre();
             own.is_some_and(|own| own.0.eq_ignore_ascii_case(node) && own.1.eq_ignore_ascii_case(port))
-        };
-        let found = lock(&self.all).values().find(is_it).cloned();
+        });
         let words = || format!("of world wide names {}, {}", shorten(node), shorten(port));
         found.ok_or_else(|| Error::NoSuchNodeDevice(words()))
+    }
+
+    /// The first that is so, by name.
+    fn find(&self, is_it: impl Fn(&Arc<HostDevice>) -> bool) -> Option<Arc<HostDevice>> {
+        lock(&self.all).values().find(|device| is_it(device)).cloned()
     }
 
     /// Who would lose something with a device: who wants it, what is below it or one of its virtual functions, or has a disk there.
@@ -361,12 +374,15 @@ impl HostDevice {
     fn applies_to(&self, device: &NodeDevice, verb: &Verb) -> Result<()> {
         let cannot = |why: &str| format!("cannot {} node device '{}': {why}", verb.word, self.name);
         match verb.when {
-            When::Never => Err(Error::OperationUnsupported(cannot(NOT_MADE))),
+            When::Made if !device.is_made() => {
+                let why = "only mediated devices and virtual ports are made, and can be ended";
+                Err(Error::OperationUnsupported(cannot(why)))
+            }
             When::Undriven | When::Detached | When::NotDetached if device.pci().is_none() => {
                 let why = "only PCI devices are taken from the host's drivers; others are handed over as they are";
                 Err(Error::OperationUnsupported(cannot(why)))
             }
-            When::Undriven | When::Detached | When::NotDetached if self.only_reads().is_some() => {
+            When::Undriven | When::Detached | When::NotDetached | When::Made if self.only_reads().is_some() => {
                 Err(Error::OperationUnsupported(cannot(self.only_reads().unwrap_or_default())))
             }
             When::Detached if !device.detached() => Err(Error::OperationInvalid(cannot("it is not detached"))),

@@ -1,9 +1,11 @@
-//! What is done to a device of the host: taken from the host's driver, given back, reset. What it was before is on disk first.
+//! What is done to a device of the host: taken from the host's driver, given back, reset. What it was before is on disk first. Of
+//! devices that are made and ended, `made.rs`.
 
 use super::HostDevice;
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::frames;
+use crate::images::Taken;
 use crate::object::{ObjectKind, ObjectRef, Usage, User};
 use crate::store::on_disk;
 use crate::verb;
@@ -14,9 +16,8 @@ use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::DetachedDevice;
 use virt_model::nodedev::{NodeDevice, pci_name};
 
-/// Why there is no verb that makes or ends devices.
-pub(crate) const NOT_MADE: &str =
-    "this virtd makes and ends no mediated devices and no virtual ports; mdevctl and the driver's vport_create do";
+/// Why there is no verb that stores how a device is made.
+pub(crate) const NOT_STORED: &str = "this virtd stores no devices; CreateNodeDevice makes one until the host boots, and 'mdevctl define' stores one for good";
 
 /// How long whoever only reads waits for a device.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -56,15 +57,7 @@ impl HostDevice {
             known_driver(driver)?;
             let device = self.now().await?;
             self.applies_to(&device, &verb::DETACH)?;
-            // Taken before it is looked at who has them: who starts later is refused.
-            let mut taken = Vec::new();
-            let disks = self.devices()?.host.disks(&device).await;
-            for disk in disks.map_err(|error| self.failed("detach", error))? {
-                let whose = format!("the detaching of node device '{}'", self.name);
-                let has_it = |by| format!("cannot detach node device '{}': {by} has {}", self.name, disk.display());
-                let took = self.shared.images.take(&disk, whose).await;
-                taken.push(took.map_err(|by| Error::InUse(has_it(by)))?);
-            }
+            let _taken = self.take_disks(&device, "detach").await?;
             self.refuses_detach(&device, &self.users_with(&device).await?, &self.host_uses(&device).await?)?;
             let noted = self.noted().await?;
             let before = before_detaching(&device, noted.clone());
@@ -118,12 +111,6 @@ impl HostDevice {
             self.devices()?.host.reset(&device).await.map_err(|error| self.failed("reset", error))
         })
         .await
-    }
-
-    /// Ends it, if it was made.
-    pub async fn destroy(self: &Arc<Self>, caller: &Caller) -> Result<()> {
-        // No state is one in which it can be done.
-        frames::short(self, caller, &verb::DESTROY_DEVICE, async { Ok(()) }).await
     }
 
     /// What `detach` would meet.
@@ -188,17 +175,31 @@ impl HostDevice {
         self.note(None).await
     }
 
+    /// Has nobody use the disks that go with a device until the result is dropped: before it is looked at who has them, so that who
+    /// starts later is refused.
+    pub(super) async fn take_disks(&self, device: &NodeDevice, deed: &str) -> Result<Vec<Taken>> {
+        let mut taken = Vec::new();
+        let disks = self.devices()?.host.disks(device).await;
+        for disk in disks.map_err(|error| self.failed(deed, error))? {
+            let whose = format!("whoever is to {deed} node device '{}'", self.name);
+            let has_it = |by| format!("cannot {deed} node device '{}': {by} has {}", self.name, disk.display());
+            let took = self.shared.images.take(&disk, whose).await;
+            taken.push(took.map_err(|by| Error::InUse(has_it(by)))?);
+        }
+        Ok(taken)
+    }
+
     /// The device as it is now.
-    async fn now(&self) -> Result<NodeDevice> {
+    pub(super) async fn now(&self) -> Result<NodeDevice> {
         let read = self.devices()?.host.read(&self.name).await.map_err(|error| self.failed("read", error))?;
         read.ok_or_else(|| Error::NoSuchNodeDevice(self.name.to_string()))
     }
 
-    async fn users_with(&self, device: &NodeDevice) -> Result<Arc<[User]>> {
+    pub(super) async fn users_with(&self, device: &NodeDevice) -> Result<Arc<[User]>> {
         self.devices()?.users_with(device).await.map_err(|error| self.failed("check", error))
     }
 
-    async fn host_uses(&self, device: &NodeDevice) -> Result<Vec<(&'static str, String)>> {
+    pub(super) async fn host_uses(&self, device: &NodeDevice) -> Result<Vec<(&'static str, String)>> {
         self.devices()?.host.host_uses(device).await.map_err(|error| self.failed("check", error))
     }
 
@@ -216,16 +217,21 @@ impl HostDevice {
             return Err(Error::OperationUnsupported(text));
         }
         self.refuses_live("detach", users)?;
+        self.refuses_host_uses("detach", host_uses)
+    }
+
+    /// Refuses what the host would notice.
+    pub(super) fn refuses_host_uses(&self, deed: &str, host_uses: &[(&'static str, String)]) -> Result<()> {
         if host_uses.is_empty() {
             return Ok(());
         }
         let named: Vec<String> = host_uses.iter().map(|(kind, what)| format!("the {kind} {what}")).collect();
         let (name, named) = (&self.name, named.join(", "));
-        Err(Error::InUse(format!("cannot detach node device '{name}': the host would lose {named}; remove that first")))
+        Err(Error::InUse(format!("cannot {deed} node device '{name}': the host would lose {named}; remove that first")))
     }
 
     /// Refuses what a guest that runs would notice.
-    fn refuses_live(&self, deed: &str, users: &[User]) -> Result<()> {
+    pub(super) fn refuses_live(&self, deed: &str, users: &[User]) -> Result<()> {
         let live = users.iter().filter(|user| user.how == Usage::Live);
         let mut named: Vec<String> = live.map(|user| self.user_name(&user.object)).collect();
         named.dedup();
@@ -259,7 +265,7 @@ impl HostDevice {
         .await
     }
 
-    fn failed(&self, deed: &str, error: DriverError) -> Error {
+    pub(super) fn failed(&self, deed: &str, error: DriverError) -> Error {
         match error {
             DriverError::Refused(why) => Error::InUse(format!("cannot {deed} node device '{}': {why}", self.name)),
             DriverError::Hypervisor(why) => {

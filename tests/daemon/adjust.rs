@@ -335,8 +335,13 @@ async fn a_document_changes_of_a_device_what_can_change() {
     }
     update(&card("<bandwidth/>"), options([])).await.expect("lifted, and the link is up");
     assert!(!stored(&domain).await.contains("<bandwidth>") && !stored(&domain).await.contains("'down'"));
-    let filter = "<filterref filter='allow-arp'/>";
-    refused(update(&card(filter), options([])).await, "OperationUnsupported", "<filterref>");
+    update(&card("<filterref filter='allow-arp'/>"), live()).await.expect("in what runs");
+    assert!(domain.xml().await.contains("filter='allow-arp'") && !stored(&domain).await.contains("<filterref"));
+    update(&card(""), options([])).await.expect("what is not said stays");
+    assert!(domain.xml().await.contains("filter='allow-arp'") && !stored(&domain).await.contains("<filterref"));
+    update(&card("<filterref/>"), options([])).await.expect("lifted");
+    assert!(!domain.xml().await.contains("<filterref"));
+    refused(update(&card("<filterref filter='mine'/>"), options([])).await, "ConfigInvalid", "mine");
 
     update("<graphics type='vnc' passwd='n3w'/>", options([])).await.expect("another password");
     assert!(

@@ -24,6 +24,42 @@ async fn daemon() -> Option<Daemon> {
     Daemon::on_system_bus(Setup { own_network: true, ..Setup::default() }).await
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn networks_in_memory_start_anywhere_and_end_with_virtd() {
+    let Some(mut daemon) = Daemon::session_bus() else { return };
+    let config = daemon.root().join("etc/virt");
+    std::fs::create_dir_all(&config).expect("a folder");
+    std::fs::write(config.join("virtd.toml"), "[networks]\ndriver = \"memory\"\n").expect("written");
+    daemon.start_virtd().await;
+    let client = Client { connection: daemon.connect().await };
+    let home = Network::from(&client, "DefineNetwork", HOME).await.expect("defined");
+    let machine = client.define(MACHINE).await.expect("defined");
+    let (name, _) = machine.run("Start").await.expect_err("its network is inactive");
+    assert_eq!(name, "org.virt.Error.OperationInvalid");
+    home.does("Start", options([])).await.expect("started");
+    machine.run("Start").await.expect("started");
+    assert!(machine.xml().await.contains("network='home' bridge='vbr7'"));
+    let (name, why) = home.does("Destroy", options([])).await.expect_err("a guest is in it");
+    assert!(name == "org.virt.Error.InUse" && why.contains("'web'"), "{name}: {why}");
+    // The same bridge twice, and one whose net and bridge are chosen.
+    let other = HOME.replace("home", "other").replace("10.77.0", "10.78.0");
+    let (_, why) = Network::from(&client, "CreateNetwork", &other).await.err().expect("taken");
+    assert!(why.contains("'vbr7'"), "{why}");
+    let own = "<network><name>own</name><forward mode='nat'/></network>";
+    let own = Network::from(&client, "CreateNetwork", own).await.expect("created");
+    assert!(own.xml(options([])).await.contains("<bridge name='virbr0'"));
+    let given = "<network><name>given</name><forward mode='hostdev'><pf dev='eth0'/></forward></network>";
+    let given = Network::from(&client, "DefineNetwork", given).await.expect("stored");
+    let (name, why) = given.does("Start", options([])).await.expect_err("no devices");
+    assert!(name == "org.virt.Error.ConfigUnsupported" && why.contains("networks in memory"), "{name}: {why}");
+    daemon.kill_virtd().await;
+    daemon.start_virtd().await;
+    let client = Client { connection: daemon.connect().await };
+    let home = Network { client, path: home.path };
+    assert!(!home.flag("Active").await);
+    home.does("Start", options([])).await.expect("started anew");
+}
+
 /// A network on the bus.
 pub struct Network {
     client: Client,

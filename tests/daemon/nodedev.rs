@@ -91,12 +91,33 @@ async fn devices_are_listed_read_and_not_touched_by_strangers() {
     for key in ["possible", "error", "reason", "users", "siblings", "host-uses"] {
         assert!(check.contains_key(key), "{key}");
     }
-    let made = root.call("/org/virt", &format!("{MANAGER}.CreateNodeDevice"), &("<device/>", options([]))).await;
-    let (error, text) = made.expect_err("none are made");
-    assert!(error == "org.virt.Error.OperationUnsupported" && text.contains("mdevctl"), "{error}: {text}");
+    what_cannot_be_made_is_refused(&root, &bob).await;
     let (error, _) = refusal(&root, COMPUTER, "Detach").await;
     assert_eq!(error, "org.virt.Error.OperationUnsupported");
     wanted_by_a_machine(&root, path).await;
+}
+
+/// This machine has no device that others are made of.
+async fn what_cannot_be_made_is_refused(root: &Client, bob: &Client) {
+    let mdev = "<device><parent>computer</parent><capability type='mdev'><type id='t'/></capability></device>";
+    for (member, xml, name, words) in [
+        (
+            "CreateNodeDevice",
+            "<device><parent>computer</parent><odd/><capability type='mdev'><type id='t'/></capability></device>",
+            "ConfigInvalid",
+            "unknown element <odd>",
+        ),
+        ("CreateNodeDevice", mdev, "OperationUnsupported", "it has types: none"),
+        ("DefineNodeDevice", mdev, "OperationUnsupported", "mdevctl"),
+    ] {
+        let member = format!("{MANAGER}.{member}");
+        let (error, text) = root.call("/org/virt", &member, &(xml, options([]))).await.expect_err("refused");
+        assert!(error == format!("org.virt.Error.{name}") && text.contains(words), "{error}: {text}");
+        let (error, _) = bob.call("/org/virt", &member, &(xml, options([]))).await.expect_err("not allowed");
+        assert!(error.ends_with("AccessDenied") || error.ends_with("AuthorizationRequired"), "{error}");
+    }
+    let (error, text) = refusal(root, COMPUTER, "Destroy").await;
+    assert!(error == "org.virt.Error.OperationUnsupported" && text.contains("virtual ports"), "{error}: {text}");
 }
 
 /// A machine that wants a device is among its users, as long as it is defined.

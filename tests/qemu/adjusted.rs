@@ -1,9 +1,9 @@
 //! What changes on a guest that runs without anything being plugged: QEMU and the kernel say the same as the configuration.
 
-use crate::common::Daemon;
 use crate::common::client::{Client, Domain, Options, Refusal, options};
 use crate::common::guest::Tick;
 use crate::common::snapshots::with;
+use crate::common::{Daemon, have};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -392,6 +392,7 @@ async fn what_was_cut_off_is_undone(machine: &mut Machine, bridges: Option<&[Bri
         assert!(class_of(&device).contains("rate 7200Kbit"), "{}", class_of(&device));
         is_found_again(machine).await;
         assert_eq!(class_of(&device), "");
+        a_filter_that_was_cut_off_is_undone(machine, &device).await;
         let address = before.split("<mac address='").nth(1).and_then(|rest| rest.get(..17)).expect("its address");
         let back = format!(
             "<interface type='bridge'><mac address='{address}'/><source bridge='{}'/><link state='down'/></interface>",
@@ -410,6 +411,39 @@ async fn what_was_cut_off_is_undone(machine: &mut Machine, bridges: Option<&[Bri
     is_found_again(machine).await;
     assert_eq!(stats_period(machine), 8);
     what_is_stored_beside_is_not_lost(machine).await;
+}
+
+/// What the card on a bridge may send: none of the machine's cards has a filter before.
+async fn a_filter_that_was_cut_off_is_undone(machine: &mut Machine, device: &str) {
+    if !have(&["nft"]) {
+        return;
+    }
+    let number = std::fs::read_to_string(format!("/sys/class/net/{device}/ifindex")).expect("its number");
+    let rules = || {
+        let table = format!("virt_tap_{}", number.trim());
+        let told = std::process::Command::new("nft").args(["list", "table", "bridge", &table]).output().expect("nft");
+        String::from_utf8_lossy(&told.stdout).into_owned()
+    };
+    let link = if machine.domain.xml().await.contains("<link state='down'/>") { "down" } else { "up" };
+    let card = |filter: &str| {
+        format!("<interface type='bridge'><alias name='net0'/><link state='{link}'/>{filter}</interface>")
+    };
+    let live = || with([("live", true)]);
+    let multicast = card("<filterref filter='no-ip-multicast'/>");
+    cut_off(machine, "UpdateDevice", &(&multicast, live())).await;
+    assert!(rules().contains("224.0.0.0/4"), "{}", rules());
+    is_found_again(machine).await;
+    assert_eq!(rules(), "");
+    machine.domain.call("UpdateDevice", &(&multicast, live())).await.expect("filtered");
+    cut_off(machine, "UpdateDevice", &(card("<filterref filter='no-mac-broadcast'/>"), live())).await;
+    is_found_again(machine).await;
+    assert!(rules().contains("224.0.0.0/4") && !rules().contains("ff:ff"), "{}", rules());
+    cut_off(machine, "UpdateDevice", &(card("<filterref/>"), live())).await;
+    assert_eq!(rules(), "");
+    is_found_again(machine).await;
+    assert!(rules().contains("224.0.0.0/4"), "{}", rules());
+    machine.domain.call("UpdateDevice", &(card("<filterref/>"), live())).await.expect("none again");
+    assert_eq!(rules(), "");
 }
 
 /// Of a change of both, virtd is killed between any two of what is written: both say what was, or both what was to be.

@@ -42,6 +42,7 @@ mod stats;
 mod survival;
 mod system;
 mod taken;
+mod tpm;
 mod undefine;
 mod unread;
 mod unwatched;

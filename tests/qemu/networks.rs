@@ -140,6 +140,21 @@ async fn a_card_that_comes_is_filtered(daemon: &Daemon, guest: &Domain) {
     let alias = guest.call("AttachDevice", &(another, live())).await.expect("plugged in");
     let alias: String = alias.body().deserialize().expect("s");
     assert_eq!(filters(daemon), 2);
+    let with = |filter: &str| another.replace("<filterref filter='no-mac-spoofing'/>", filter);
+    let rules = || {
+        let listed = daemon.inside("nft").args(["list", "ruleset", "bridge"]).output().expect("nft");
+        String::from_utf8_lossy(&listed.stdout).into_owned()
+    };
+    assert!(!rules().contains("224.0.0.0/4"), "{}", rules());
+    guest.call("UpdateDevice", &(with("<filterref filter='no-ip-multicast'/>"), live())).await.expect("another");
+    assert!(rules().contains("224.0.0.0/4") && filters(daemon) == 2, "{}", rules());
+    let needs = guest.call("UpdateDevice", &(with("<filterref filter='no-ip-spoofing'/>"), live())).await;
+    assert!(needs.expect_err("no address is said").1.contains("<parameter name='IP'"));
+    assert!(rules().contains("224.0.0.0/4"), "{}", rules());
+    guest.call("UpdateDevice", &(with("<filterref/>"), live())).await.expect("none");
+    assert_eq!(filters(daemon), 1);
+    guest.call("UpdateDevice", &(with("<filterref filter='allow-arp'/>"), live())).await.expect("one again");
+    assert_eq!(filters(daemon), 2);
     guest.call("DetachDeviceAlias", &(&*alias, live())).await.expect("unplugged");
     assert_eq!(filters(daemon), 1);
 }

@@ -1,5 +1,6 @@
 //! What passes a guest's network card: shaped at the host's end by the kernel, as at a start.
 
+use crate::host::filter::{self, FilterPlan};
 use crate::host::tap::{Rate, TapPlan, change_limit, change_plug, is_held, limit_of};
 use crate::host::workers::blocking;
 use crate::network::OwnNetwork;
@@ -104,10 +105,10 @@ fn as_said(held: Rate, said: Option<Rate>) -> interface::Rate {
 }
 
 /// Where the host's end of a card is: on the host, or in the user's own network.
-struct Place(Option<OwnNetwork>);
+pub(super) struct Place(Option<OwnNetwork>);
 
 impl Place {
-    fn of(body: &Body, card: &Interface) -> Place {
+    pub(super) fn of(body: &Body, card: &Interface) -> Place {
         Place(OwnNetwork::of_card(body.leavings.own_network.as_ref(), card).cloned())
     }
 
@@ -128,6 +129,11 @@ impl Place {
         }
     }
 
+    pub(super) fn change_filter(&self, device: &str, plan: Option<&FilterPlan>) -> io::Result<()> {
+        let Some(own) = &self.0 else { return filter::change(device, plan) };
+        Place::ask(own, &Request::ChangeFilter { device: device.to_owned(), plan: plan.cloned() }).map(drop)
+    }
+
     fn change_plug(&self, device: &str, plan: &TapPlan) -> io::Result<()> {
         let Some(own) = &self.0 else { return change_plug(device, plan) };
         Place::ask(own, &Request::ChangePlug { device: device.to_owned(), plan: plan.clone() }).map(drop)
@@ -141,7 +147,7 @@ pub fn card_of<'a>(def: &'a DomainDef, known: &str) -> Result<&'a Interface, Dri
 }
 
 /// The host's end, as long as it is this guest's: a QEMU that has closed it has given its name to the next.
-async fn device_of(body: &Body, card: &Interface) -> Result<String, DriverError> {
+pub(super) async fn device_of(body: &Body, card: &Interface) -> Result<String, DriverError> {
     let name = card.target.as_ref().and_then(|target| target.dev.clone()).filter(|_| card.has_host_end());
     let name = name.ok_or_else(|| {
         DriverError::Unsupported("its host's end has no name: it is no network device of virtd's".to_owned())

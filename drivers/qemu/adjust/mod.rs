@@ -2,6 +2,7 @@
 //! from there.
 
 mod bandwidth;
+mod filter;
 mod limits;
 mod listen;
 mod throttle;
@@ -36,6 +37,7 @@ impl QemuDriver {
             }
             Adjustment::Throttle(target) => throttle::adjust(body, before, def, target).await,
             Adjustment::Bandwidth(card) => bandwidth::adjust(body, before, def, card).await,
+            Adjustment::Filter(card) => filter::adjust(body, before, def, card).await,
             Adjustment::Bridge(card) => bandwidth::change_bridge(body, before, def, card).await,
             Adjustment::Link(card) => set_link(body, bandwidth::card_of(def, card)?).await,
             Adjustment::Listen(index) => listen::adjust(body, before, def, *index).await,
@@ -65,6 +67,7 @@ impl QemuDriver {
             | Adjustment::MemoryStats
             | Adjustment::Link(_)
             | Adjustment::Bridge(_)
+            | Adjustment::Filter(_)
             | Adjustment::Listen(_)
             | Adjustment::Password(..) => Ok(()),
         }

@@ -226,10 +226,6 @@ const REASONS: &[(&str, &[&str])] = &[
         &["devices/interface/bandwidth/inbound/@floor"],
     ),
     ("virtual ports (Open vSwitch and the like) are not supported yet", &["devices/interface/virtualport"]),
-    (
-        "encrypting a TPM's state is not supported yet: there is no store of secrets",
-        &["devices/tpm/backend/encryption"],
-    ),
     ("a TPM of the host's cannot be handed to a guest: use type='emulator'", &["devices/tpm/backend/device"]),
     ("is the choice of a newer swtpm", &["devices/tpm/backend/profile"]),
     (

@@ -302,6 +302,7 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/video/model/resolution", "x y"),
     ("devices/tpm", "model"),
     ("devices/tpm/backend", "type version persistent_state debug"),
+    ("devices/tpm/backend/encryption", "secret"),
     ("devices/tpm/backend/active_pcr_banks", ""),
     ("devices/tpm/backend/active_pcr_banks/sha1", ""),
     ("devices/tpm/backend/active_pcr_banks/sha256", ""),

@@ -55,6 +55,10 @@ impl Check<'_> {
     }
 
     fn external_tpm(&mut self, tpm: &Tpm) {
+        if let Some(encryption) = &tpm.backend.encryption {
+            let why = "the state of an external TPM is kept by whoever runs it: encrypt it there";
+            self.refuse(&encryption.at, why);
+        }
         let source = tpm.backend.source.as_ref();
         let place = source.map_or(&tpm.backend.at, |source| &source.at);
         let socket = source.is_some_and(|s| s.kind == Some(TpmSourceKind::Unix) && s.path.is_some());

@@ -2,16 +2,24 @@
 
 use super::args::Props;
 use super::{Builder, id, list};
-use crate::qemu::plan::{Companion, Link, Loss, Role};
+use crate::qemu::plan::{Companion, Link, Loss, Role, Secret, SecretContent};
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use uuid::Uuid;
 use virt_model::device::Tpm;
 use virt_model::device::tpm::{TpmKind, TpmModel, TpmVersion};
 use virt_model::domain::DomainDef;
+use virt_model::secret::SecretName;
 
 /// Where an emulator finds its end of the control channel.
-const CONTROL: i32 = 3;
+const CONTROL: RawFd = 3;
+/// Where it, or what makes its state, finds what the state is encrypted with. It closes that when it has read it.
+const KEY: RawFd = 6;
+/// Where an emulator finds the same again, for the state that QEMU asks it for and keeps with a machine's memory.
+const MIGRATION_KEY: RawFd = 7;
+/// By what the state is encrypted.
+const CIPHER: &str = "aes-256-cbc";
 /// How long the first state of a TPM may take: its keys are made.
 const SETUP: Duration = Duration::from_secs(120);
 
@@ -66,10 +74,16 @@ impl Builder<'_> {
         if let Some(level) = tpm.backend.debug {
             args.extend(["--log".to_owned(), format!("level={level}")]);
         }
+        let secrets = secrets_of(tpm, &[KEY, MIGRATION_KEY]);
+        if !secrets.is_empty() {
+            let key = |option: &str, fd: RawFd| [option.to_owned(), format!("pwdfd={fd},mode={CIPHER}")];
+            args.extend(key("--key", KEY).into_iter().chain(key("--migration-key", MIGRATION_KEY)));
+        }
         let link = Link::Pair { its: CONTROL, qemus: fd };
         // Without its TPM a guest is better off than dead.
         let role = Role::Beside(Loss::Bear);
-        let emulator = Companion { program, args, links: vec![link], folders, ..Companion::new("swtpm", role) };
+        let links = vec![link];
+        let emulator = Companion { program, args, links, secrets, folders, ..Companion::new("swtpm", role) };
         self.companions.extend(setup);
         self.companions.push(emulator);
         fd
@@ -81,8 +95,12 @@ impl Builder<'_> {
 fn setup_steps(program: &Path, tpm: &Tpm, state: &Path, version: Option<&str>) -> Vec<Companion> {
     let step = |role: Role, at: &Path, what: &[&str]| {
         let at = at.display().to_string();
-        let args = words(version.into_iter().chain(["--tpmstate", &at]).chain(what.iter().copied()));
-        Companion { program: program.to_owned(), args, ..Companion::new("swtpm_setup", role) }
+        let mut args = words(version.into_iter().chain(["--tpmstate", &at]).chain(what.iter().copied()));
+        let secrets = secrets_of(tpm, &[KEY]);
+        if !secrets.is_empty() {
+            args.extend(words(["--pwdfile-fd", &KEY.to_string(), "--cipher", CIPHER]));
+        }
+        Companion { program: program.to_owned(), args, secrets, ..Companion::new("swtpm_setup", role) }
     };
     let name = state.file_name().unwrap_or_default().to_string_lossy();
     let work = state.with_file_name(format!(".{name}.making"));
@@ -93,6 +111,13 @@ fn setup_steps(program: &Path, tpm: &Tpm, state: &Path, version: Option<&str>) -
         steps.push(step(Role::Step { within: SETUP }, state, &["--reconfigure", "--pcr-banks", &banks]));
     }
     steps
+}
+
+/// What the state is encrypted with, if it is: once at each of these descriptors.
+fn secrets_of(tpm: &Tpm, fds: &[RawFd]) -> Vec<Secret> {
+    let Some(encryption) = &tpm.backend.encryption else { return Vec::new() };
+    let content = || SecretContent::Kept(SecretName::Uuid(encryption.secret));
+    fds.iter().map(|fd| Secret { fd: *fd, content: content() }).collect()
 }
 
 fn words<'a>(all: impl IntoIterator<Item = &'a str>) -> Vec<String> {

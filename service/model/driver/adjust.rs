@@ -28,6 +28,8 @@ pub enum Adjustment {
     Listen(usize),
     /// How much may pass the network card that is known by that: `<bandwidth>`.
     Bandwidth(String),
+    /// What may pass it: `<filterref>`.
+    Filter(String),
 }
 
 impl fmt::Display for Adjustment {
@@ -42,6 +44,7 @@ impl fmt::Display for Adjustment {
             Adjustment::Password(index, _) => write!(f, "the password of graphics {index}"),
             Adjustment::Listen(index) => write!(f, "where graphics {index} listens"),
             Adjustment::Bandwidth(card) => write!(f, "the limits of network card '{card}'"),
+            Adjustment::Filter(card) => write!(f, "the filter of network card '{card}'"),
             Adjustment::MemoryStats => f.write_str("how often it tells of its memory"),
         }
     }

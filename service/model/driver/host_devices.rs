@@ -1,7 +1,7 @@
 //! The devices of the host: who finds them, tells when they come and go, and takes them from the host's drivers.
 
 use super::DriverError;
-use crate::nodedev::NodeDevice;
+use crate::nodedev::{NewDevice, NodeDevice};
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -54,6 +54,14 @@ pub trait HostDevices: Send + Sync {
     /// Gives a device back to the host; `before` as it was detached, if that is known. What is done already is fine.
     /// Error: as of `detach`; `Refused` also if another process has it.
     async fn reattach(&self, device: &NodeDevice, before: Option<&DetachedDevice>) -> Result<(), DriverError>;
+
+    /// Has the kernel make a device of another one; its name, and what is to be told. On error there is none; but after `TimedOut`, where
+    /// the kernel goes on, it may come later.
+    async fn make(&self, parent: &NodeDevice, new: &NewDevice) -> Result<(Arc<str>, Vec<DeviceNews>), DriverError>;
+
+    /// Has the kernel end a device that [was made](NodeDevice::is_made); what is to be told. Error: as of `make`; `Refused` if
+    /// somebody has it.
+    async fn end(&self, device: &NodeDevice) -> Result<Vec<DeviceNews>, DriverError>;
 
     /// Resets a device that no driver of the host's has. Error: as of `detach`.
     async fn reset(&self, device: &NodeDevice) -> Result<(), DriverError>;

@@ -54,6 +54,12 @@ impl Net {
         address.is_ipv4() == self.first.is_ipv4() && Net::of(address, self.prefix).first == self.first
     }
 
+    /// The first /24 from 192.168.122.0 that is not taken.
+    pub fn first_free(is_taken: impl Fn(&Net) -> bool) -> Option<Net> {
+        let nets = (122..=255).map(|third| Net { first: IpAddr::from([192, 168, third, 0]), prefix: 24 });
+        nets.into_iter().find(|net| !is_taken(net))
+    }
+
     /// Whether they have addresses in common.
     pub fn overlaps(&self, other: &Net) -> bool {
         if self.prefix <= other.prefix { self.contains(other.first) } else { other.contains(self.first) }

@@ -23,7 +23,7 @@ use crate::device::interface::{Bandwidth, Vlan};
 use crate::domain::format::Format;
 use crate::domain::metadata::Metadata;
 use crate::domain::part::{Part, element};
-use crate::domain::value::complain;
+use crate::domain::value::{Mac, complain};
 use crate::xml::{self, Element, Finding, FindingKind, Limits};
 use address::Net;
 use bridge::{NetworkBridge, NetworkMac, NetworkMtu, NetworkPort, PortGroup};
@@ -160,6 +160,21 @@ impl NetworkDef {
     /// The host's bridge, if it has a name.
     pub fn bridge_name(&self) -> Option<&str> {
         self.bridge.as_ref()?.name.as_deref().filter(|name| !name.is_empty())
+    }
+
+    /// Fills in what a definition leaves open and must never change again: the first name of a bridge that is not taken, and its hardware
+    /// address; nothing of one whose bridge is not virtd's.
+    pub fn complete(&mut self, is_taken: impl Fn(&str) -> bool) {
+        if !self.mode().is_ours() {
+            return;
+        }
+        if self.bridge_name().is_none() {
+            let free = (0..10_000).map(|n| format!("virbr{n}")).find(|name| !is_taken(name));
+            free.iter().for_each(|name| self.set_bridge_name(name));
+        }
+        if self.mac.is_none() {
+            self.mac.get_or_insert_default().address = Mac::made_up();
+        }
     }
 
     /// Gives the bridge a name.

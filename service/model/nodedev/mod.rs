@@ -1,11 +1,14 @@
 //! Devices of the host, as plain values; `doc.rs` writes libvirt's document of one. Names are libvirt's, too.
 
 mod doc;
+mod wanted;
 
 use crate::device::hostdev::{HostAddressKind, HostdevKind};
 use crate::device::{Hostdev, Interface, PciAddress};
 use crate::domain::DomainDef;
 use std::sync::Arc;
+
+pub use wanted::{NewDevice, PortParent, WideNames};
 
 /// The device that all others are below.
 pub const COMPUTER: &str = "computer";
@@ -293,6 +296,17 @@ impl NodeDevice {
             About::UsbDevice { hub: true, .. } => "bridge",
             About::Pci(_) | About::UsbDevice { .. } => "yes",
             _ => "",
+        }
+    }
+
+    /// Whether somebody had the kernel make it: a mediated device, or a virtual port. It can be ended.
+    pub fn is_made(&self) -> bool {
+        match &self.about {
+            About::Mdev(_) => true,
+            About::ScsiHost(host) => {
+                host.fibre.is_some() && self.sys_path.split('/').any(|part| part.starts_with("vport-"))
+            }
+            _ => false,
         }
     }
 

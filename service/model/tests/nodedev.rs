@@ -13,9 +13,17 @@ use virt_model::xml::{Element, read};
 const HEAD: &str = "# What is told in node device XML
 
 `GetXML` of a device of the host writes libvirt's document of it. This page says which elements and attributes of libvirt's format
-that has (up to 11.x), and why it lacks the others. What the host does not say of a device is left out of its document. No document
-of a device is read: `CreateNodeDevice` and `DefineNodeDevice` are refused, with what makes mediated devices and virtual ports
-instead.
+that has (up to 11.x), and why it lacks the others. What the host does not say of a device is left out of its document.
+
+`CreateNodeDevice` reads the document of a device that it is to make, which is there until `Destroy` or until the host boots:
+
+- a mediated device: `<parent>`, its name; `[mdev]/type`, one of the parent's `[mdev_types]`; and `[mdev]/uuid`, chosen where there
+  is none. `[mdev]/attr` is refused;
+- a virtual port: `[scsi_host]/[fc_host]` with `<wwnn>` and `<wwpn>`; `<parent>`, the name of a host with `[vport_ops]`, or its `wwnn`
+  and `wwpn`, or a `fabric_wwn`; without it any that has room.
+
+What else `GetXML` tells of such a device is read and dropped; all other elements are refused, with line and column. None is stored:
+`DefineNodeDevice` is refused. Both kinds are tested with folders that stand for a host, and with no such hardware.
 
 A step in `[]` is a `<capability>` of that type: `[pci]/numa` is `<numa>` in `<capability type='pci'>`.
 
@@ -33,7 +41,7 @@ const FORMAT: &[(&str, &str, &str)] = &[
     ("name", "", ""),
     ("path", "", ""),
     ("devnode", "type", ""),
-    ("parent", "", "`wwnn` `wwpn` `fabric_wwn`: they ask for a virtual port, which virtd does not make"),
+    ("parent", "", "`wwnn` `wwpn` `fabric_wwn`: they ask for a virtual port"),
     ("driver", "", ""),
     ("driver/name", "", ""),
     ("[system]", "", ""),
@@ -134,7 +142,7 @@ const FORMAT: &[(&str, &str, &str)] = &[
     ("[mdev]/iommuGroup", "number", ""),
     ("[mdev]/uuid", "", ""),
     ("[mdev]/parent_addr", "", ""),
-    ("[mdev]/attr", "-", "they are for making one, which virtd does not"),
+    ("[mdev]/attr", "-", "they are for making one, and virtd sets none"),
     ("[vdpa]", "-", "there is no such class of devices here"),
     ("[ccw]", "-", OTHER_MACHINES),
     ("[css]", "-", OTHER_MACHINES),

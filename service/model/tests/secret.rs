@@ -46,7 +46,8 @@ fn needed_by(kind: UsageKind) -> &'static str {
         UsageKind::Volume => "encrypted disks and volumes",
         UsageKind::Ceph => "disks at servers by `rbd`, in their `<auth>`",
         UsageKind::Iscsi => "disks at servers by other protocols, in their `<auth>`",
-        UsageKind::Tls | UsageKind::Vtpm => "nothing of virtd's yet: it is kept, and its value told to who may have it",
+        UsageKind::Tls => "nothing of virtd's yet: it is kept, and its value told to who may have it",
+        UsageKind::Vtpm => "machines whose TPM's state is encrypted (`<tpm><backend><encryption secret='uuid'/>`)",
     }
 }
 

@@ -9,7 +9,9 @@ use tokio::sync::mpsc;
 use virt_model::device::PciAddress;
 use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::{DetachedDevice, DeviceNews, HostDevices};
-use virt_model::nodedev::{About, IommuGroup, Maker, NodeDevice, PciAbout, VFIO, pci_name};
+use virt_model::nodedev::{
+    About, IommuGroup, Maker, MdevAbout, MdevType, NewDevice, NodeDevice, PciAbout, VFIO, pci_name,
+};
 use virt_service::authz::{Action, Caller};
 use virt_service::error::Error;
 use virt_service::events::Event;
@@ -30,6 +32,8 @@ struct Host {
     /// So many times it is not given back.
     stuck: AtomicUsize,
     news: Mutex<Option<mpsc::Sender<DeviceNews>>>,
+    /// The mediated device that was made of the card.
+    mdev: Mutex<Option<String>>,
 }
 
 impl Host {
@@ -45,6 +49,7 @@ impl Host {
             fails,
             stuck: AtomicUsize::new(0),
             news,
+            mdev: Mutex::default(),
         })
     }
 
@@ -59,7 +64,17 @@ impl Host {
         let address = PciAddress::read("0000:06:00.0").unwrap();
         let functions = (vec![PciAddress::read("0000:06:10.0").unwrap()], 7);
         let group = IommuGroup { number: 7, members: vec![address, PciAddress::read("0000:06:00.1").unwrap()] };
-        let pci = PciAbout { address, group: Some(group), functions, vfio: true, resets: true, ..PciAbout::default() };
+        let available = u32::from(self.mdev.lock().unwrap().is_none());
+        let kind = MdevType { id: "t-1".into(), available, ..MdevType::default() };
+        let pci = PciAbout {
+            address,
+            group: Some(group),
+            functions,
+            mdev_types: vec![kind],
+            vfio: true,
+            resets: true,
+            ..PciAbout::default()
+        };
         NodeDevice {
             name: pci_name(address),
             parent: Some("computer".into()),
@@ -70,6 +85,18 @@ impl Host {
             product: Maker::default(),
             about: About::Pci(Box::new(pci)),
         }
+    }
+
+    fn mediated(&self) -> Option<NodeDevice> {
+        let uuid = self.mdev.lock().unwrap().clone()?;
+        let about = About::Mdev(MdevAbout { kind: "t-1".into(), uuid, ..MdevAbout::default() });
+        Some(NodeDevice {
+            name: MDEV.into(),
+            parent: Some(CARD.into()),
+            sys_path: "/sys/devices/x/m".into(),
+            about,
+            ..self.card()
+        })
     }
 
     fn driver(&self) -> Option<String> {
@@ -93,7 +120,7 @@ impl HostDevices for Host {
         if self.hangs.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |hangs| hangs.checked_sub(1)).is_ok() {
             std::future::pending::<()>().await;
         }
-        Ok(Some(self.card()).filter(|card| &*card.name == name))
+        Ok([Some(self.card()), self.mediated()].into_iter().flatten().find(|device| &*device.name == name))
     }
 
     async fn host_uses(&self, _: &NodeDevice) -> Result<Vec<(&'static str, String)>, DriverError> {
@@ -132,9 +159,25 @@ impl HostDevices for Host {
     async fn reset(&self, _: &NodeDevice) -> Result<(), DriverError> {
         Ok(())
     }
+
+    async fn make(&self, _: &NodeDevice, new: &NewDevice) -> Result<(Arc<str>, Vec<DeviceNews>), DriverError> {
+        if let Some(error) = self.fails.lock().unwrap().take() {
+            return Err(error);
+        }
+        let NewDevice::Mdev { uuid, .. } = new else { panic!("{new:?}") };
+        *self.mdev.lock().unwrap() = Some(uuid.to_string());
+        let made = self.mediated().expect("made");
+        Ok((made.name.clone(), vec![DeviceNews::Is(Arc::new(made))]))
+    }
+
+    async fn end(&self, device: &NodeDevice) -> Result<Vec<DeviceNews>, DriverError> {
+        self.mdev.lock().unwrap().take().expect("it is there");
+        Ok(vec![DeviceNews::Gone(device.name.clone())])
+    }
 }
 
 const CARD: &str = "pci_0000_06_00_0";
+const MDEV: &str = "mdev_made";
 
 async fn world(folder: &Path, host: &Arc<Host>) -> (World, Arc<HostDevice>) {
     let world = World::open(folder).await;
@@ -283,6 +326,60 @@ async fn what_guests_have_of_a_card_is_not_taken_with_it() {
 }
 
 #[tokio::test]
+async fn a_mediated_device_is_made_told_of_and_ended_unless_a_machine_has_it() {
+    let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(Some("e1000e")));
+    let (mut world, card) = world(folder.path(), &host).await;
+    let alice = world.alice();
+    let of = |kind: &str, parent: &str| {
+        format!(
+            "<device><parent>{parent}</parent><capability type='mdev'><type id='{kind}'/>\
+             <uuid>c2177883-f1bb-47f0-914d-32a22e3a8804</uuid></capability></device>"
+        )
+    };
+    let service = world.service.clone();
+    let refused = async |xml: &str| service.create_node_device(&alice, xml).await.err().expect("refused");
+    assert!(matches!(refused("<device/>").await, Error::ConfigInvalid(_)));
+    let none = refused(&of("t-1", "pci_none")).await;
+    assert!(matches!(&none, Error::NoSuchNodeDevice(name) if name == "pci_none"), "{none}");
+    let kind = refused(&of("t-2", CARD)).await;
+    assert!(matches!(&kind, Error::OperationUnsupported(why) if why.ends_with("it has types: t-1")), "{kind}");
+    let port = "<device><capability type='scsi_host'><capability type='fc_host'><wwnn>20000000c9831b4b</wwnn>\
+                <wwpn>20000000c9831b4b</wwpn></capability></capability></device>";
+    assert!(matches!(refused(port).await, Error::NoSuchNodeDevice(_)));
+    *host.fails.lock().unwrap() = Some(DriverError::Hypervisor("the kernel says no".into()));
+    let failed = refused(&of("t-1", CARD)).await;
+    assert!(matches!(&failed, Error::HypervisorFailed { .. }) && failed.to_string().contains("says no"), "{failed}");
+    assert!(world.service.node_device(MDEV).is_err());
+
+    let made = world.service.create_node_device(&alice, &of("t-1", CARD)).await.unwrap();
+    assert_eq!((&**made.name(), made.can(&alice, "Destroy").await.unwrap()), (MDEV, "yes"));
+    assert_eq!(told(&mut world), ["created e1000e 0", "created e1000e 0"]);
+    let again = refused(&of("t-1", CARD)).await;
+    assert!(matches!(&again, Error::OperationInvalid(why) if why.contains("is there already")), "{again}");
+    let full = refused(&of("t-1", CARD).replace("c2177883", "d2177883")).await;
+    assert!(matches!(&full, Error::OperationInvalid(why) if why.contains("no more devices")), "{full}");
+    let card = card.destroy(&alice).await.unwrap_err();
+    assert!(matches!(card, Error::OperationUnsupported(_)), "{card}");
+
+    let hostdev = "<devices><hostdev type='mdev' model='vfio-pci'><source>\
+                   <address uuid='c2177883-f1bb-47f0-914d-32a22e3a8804'/></source></hostdev></devices>";
+    let domain = world.service.define(&alice, &xml("web", hostdev), false).await.unwrap();
+    world.start(&domain).await.unwrap();
+    while !made.facts().users.iter().any(|user| user.how.as_str() == "live") {
+        tokio::task::yield_now().await;
+    }
+    let why = made.destroy(&alice).await.unwrap_err();
+    assert!(matches!(why, Error::InUse(_)) && why.to_string().contains("domain 'web' has it"), "{why}");
+    domain.destroy(&alice, false).await.unwrap();
+    while made.facts().users.iter().any(|user| user.how.as_str() == "live") {
+        tokio::task::yield_now().await;
+    }
+    made.destroy(&alice).await.unwrap();
+    assert!(world.service.node_device(MDEV).is_err());
+    assert!(told(&mut world).last().unwrap().starts_with("deleted"));
+}
+
+#[tokio::test]
 async fn what_fails_on_the_way_is_undone() {
     let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(Some("e1000e")));
     let (world, card) = world(folder.path(), &host).await;
@@ -382,6 +479,7 @@ async fn whoever_may_not_is_told_nothing() {
         card.reattach(&alice).await,
         card.reset(&alice).await,
         card.destroy(&alice).await,
+        world.service.create_node_device(&alice, "<device/>").await.map(drop),
     ] {
         assert!(matches!(refused, Err(Error::AccessDenied(_))), "{refused:?}");
     }
