@@ -193,7 +193,7 @@ impl Service {
         } else {
             self.ask_for_all(caller, &actions, &subject).await?;
         }
-        let seat = seat.read_through().await;
+        let seat = Arc::new(seat.read_through().await);
         def.forget_places_of_volumes();
         existing.as_ref().map_or(Ok(()), |domain| domain.takes_documents())?;
         if existing.is_none() {
@@ -211,8 +211,10 @@ impl Service {
         let validate = purpose == Purpose::Keep { validate: true };
         let text = written(&def, &seat).await;
         // It is written while it is looked at. One that is there already may change until it is its turn.
-        let drafts = purpose != Purpose::Start && existing.is_none();
-        let draft = drafts.then(|| self.draft(caller, &*driver, &def, text.clone()));
+        let limit = self.shared.limits.domains_per_user;
+        let is_new = existing.is_none() && self.domains.has_room(caller.uid, limit);
+        let drafts = is_new && purpose == Purpose::Keep { validate: false };
+        let draft = drafts.then(|| self.draft(caller, &*driver, &def, (text.clone(), seat.clone())));
         // What can be refused without a look at files is refused before.
         let looks = async { if validate { Ok(()) } else { self.look(&*driver, &def).await } };
         let ((stored, read), ()) = tokio::try_join!(readable(text, &seat), looks)?;
@@ -228,7 +230,6 @@ impl Service {
         if existing.is_none() {
             self.shared.is_settled(def.uuid).await?;
         }
-        let limit = self.shared.limits.domains_per_user;
         let claimed = self.domains.claim_as_seen(def.uuid, &def.name, caller.uid, limit, existing.as_ref())?;
         Ok(Accepted { def, stored, driver, claimed, draft })
     }
@@ -297,12 +298,20 @@ impl Service {
         Ok(Domain::new(&self.shared, &self.domains, seed))
     }
 
-    /// Begins to write what is stored first of a domain; nobody waits for it.
-    fn draft(&self, caller: &Caller, driver: &dyn Driver, def: &DomainDef, text: String) -> DraftToCome {
-        let (name, driver) = (def.name.clone(), driver.name().to_owned());
-        let note = Note { owner: caller.uid, autostart: false, name, driver };
+    /// Begins to write what is stored first of a domain, which keeps its seat until that is on disk; nobody waits for it.
+    fn draft(
+        &self,
+        caller: &Caller,
+        driver: &dyn Driver,
+        def: &DomainDef,
+        (text, seat): (String, Arc<Seat>),
+    ) -> DraftToCome {
+        let note = Note::of(caller.uid, &def.name, driver);
         let (shared, uuid) = (self.shared.clone(), def.uuid);
-        tokio::spawn(on_disk(move || shared.store.draft_definition(uuid, text, &note)))
+        tokio::task::spawn_blocking(move || {
+            let _seat = seat;
+            shared.store.draft_definition(uuid, text, &note)
+        })
     }
 
     fn driver_for(&self, kind: &str) -> Result<Arc<dyn Driver>> {

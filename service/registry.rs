@@ -73,20 +73,25 @@ impl<T: Object> Registry<T> {
         maps.look(uuid, name)
     }
 
+    /// Whether `owner`, who may have `limit`, may have one more now.
+    pub fn has_room(&self, owner: u32, limit: usize) -> bool {
+        lock(&self.maps).has_room(owner, limit)
+    }
+
     /// Finds the object, or reserves the name for a new one of `owner`, who may have `limit`.
     pub fn claim(&self, uuid: Uuid, name: &str, owner: u32, limit: usize) -> Result<Claimed<T>> {
         let mut maps = lock(&self.maps);
         if let Some(object) = maps.look(uuid, name)? {
             return Ok(Claimed::Existing(object));
         }
-        let owned = maps.owned.entry(owner).or_default();
-        if owner != 0 && *owned >= limit {
+        if !maps.has_room(owner, limit) {
             return Err(Error::LimitsExceeded(format!(
-                "user {owner} has {owned} {}s, which is the limit; undefine one first",
+                "user {owner} has {} {}s, which is the limit; undefine one first",
+                maps.owned.get(&owner).copied().unwrap_or_default(),
                 T::KIND.word()
             )));
         }
-        *owned += 1;
+        *maps.owned.entry(owner).or_default() += 1;
         maps.names.insert(name.to_owned(), uuid);
         maps.claimed.insert(uuid);
         Ok(Claimed::New)
@@ -147,6 +152,10 @@ impl<T: Object> Registry<T> {
 }
 
 impl<T: Object> Maps<T> {
+    fn has_room(&self, owner: u32, limit: usize) -> bool {
+        owner == 0 || self.owned.get(&owner).is_none_or(|owned| *owned < limit)
+    }
+
     fn look(&self, uuid: Uuid, name: &str) -> Result<Option<Arc<T>>> {
         match (self.names.get(name), self.objects.get(&uuid)) {
             (Some(known), _) if *known != uuid => Err(taken_name::<T>(name, *known)),

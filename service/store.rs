@@ -51,6 +51,7 @@ use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
+use virt_model::driver::Driver;
 use virt_model::state::StateReason;
 use virt_model::xml::Limits;
 
@@ -79,6 +80,13 @@ pub(crate) struct Note {
     /// Whose it is; empty in older notes.
     #[serde(default)]
     pub driver: String,
+}
+
+impl Note {
+    /// Of a domain that has just been defined.
+    pub fn of(owner: u32, name: &str, driver: &dyn Driver) -> Note {
+        Note { owner, autostart: false, name: name.to_owned(), driver: driver.name().to_owned() }
+    }
 }
 
 /// A stored configuration as it was found.

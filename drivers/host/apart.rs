@@ -17,13 +17,13 @@
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{DupFlags, fcntl_dupfd_cloexec};
 use rustix::net::sockopt::set_socket_linger;
-use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, WaitOptions, getpid, pidfd_getfd, pidfd_open, waitpid};
 use std::io;
 use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::process::{Child, Command};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{OnceLock, PoisonError, RwLock, mpsc};
 use std::time::Duration;
 
@@ -184,6 +184,20 @@ pub fn none_left(error: &io::Error) -> io::Error {
 pub struct Left(PhantomData<*const ()>);
 
 impl Left {
+    /// Closes all that the thread has but `kept`, in ascending order: what others have open there ends when they close it.
+    pub fn keep_only(&self, kept: impl Iterator<Item = RawFd>) {
+        let mut next = 0;
+        let close = |first: RawFd, last: RawFd| {
+            // SAFETY: as in `let_go`.
+            let _ = first <= last && unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } == 0;
+        };
+        for kept in kept {
+            close(next, kept - 1);
+            next = kept + 1;
+        }
+        close(next, RawFd::MAX);
+    }
+
     /// Closes all that the thread has: what a process that it has made holds is that process's alone now.
     pub fn let_go(self) {
         // SAFETY: closes descriptors of this thread's own table; their owners have them in another one.
@@ -231,13 +245,14 @@ pub fn made<G: Send, P: Send, T>(
 }
 
 /// As [`made`], of a process that has our memory at first. `make` calls what it is given with its number as soon as there is one,
-/// and returns when that has run its program or ended: `follow` does in the meantime what is to be done with it, and where that
-/// fails sees to its end. The thread lives until then, for a process may end with the thread that made it. Then `finish` has what
+/// and gives that when the process has run its program or ended: `follow` does in the meantime what is to be done with it, and where
+/// that fails sees to its end. The thread lives until then, for a process may end with the thread that made it. Then `finish` has what
 /// `follow` gave, and what was `given`, with which the thread has nothing more: when that is dropped nobody but the process has it.
-/// A process that takes longer than `within` from what `follow` did is a failure, and what `follow` gave is dropped. Blocks.
+/// A process that takes longer than `within` from what `follow` did is a failure: what `follow` gave is dropped, which is to end the
+/// process, and its end is waited for. Blocks.
 pub fn made_by_vfork<G: Send, F, T>(
     mut given: G,
-    make: impl FnOnce(&mut G, Born) -> io::Result<()> + Send,
+    make: impl FnOnce(&mut G, &Left, &Born) -> io::Result<libc::pid_t> + Send,
     follow: impl FnOnce(libc::pid_t) -> io::Result<F>,
     within: Duration,
     finish: impl FnOnce(F, G) -> io::Result<T>,
@@ -248,7 +263,8 @@ pub fn made_by_vfork<G: Send, F, T>(
     std::thread::scope(|scope| {
         let making = move || {
             let made = leave().and_then(|left| {
-                let made = make(&mut given, Born(born));
+                let born = Born { tell: born, is_told: AtomicBool::new(false) };
+                let made = make(&mut given, &left, &born).and_then(|number| born.told_of(number));
                 left.let_go();
                 made
             });
@@ -267,13 +283,26 @@ pub fn made_by_vfork<G: Send, F, T>(
     })
 }
 
-/// Tells of a process in the moment in which there is one.
-pub struct Born(mpsc::Sender<libc::pid_t>);
+/// Tells of a process in the moment in which there is one. It is the making thread's, which lets go of it when the process has run
+/// its program or ended, however that was.
+pub struct Born {
+    tell: mpsc::Sender<libc::pid_t>,
+    is_told: AtomicBool,
+}
 
 impl Born {
     /// Its number.
-    pub fn tell(self, number: libc::pid_t) {
-        let _ = self.0.send(number);
+    pub fn tell(&self, number: libc::pid_t) {
+        self.is_told.store(self.tell.send(number).is_ok(), Ordering::Release);
+    }
+
+    /// One of which nobody was told was killed in its first moment, and is reaped here.
+    fn told_of(&self, number: libc::pid_t) -> io::Result<()> {
+        if self.is_told.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _ = waitpid(Pid::from_raw(number), WaitOptions::empty());
+        Err(io::Error::other("its process was killed"))
     }
 }
 

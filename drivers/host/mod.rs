@@ -43,7 +43,7 @@ pub mod saved;
 #[allow(clippy::disallowed_methods, reason = "the administrator's folder; links and pipes are refused there")]
 pub mod secret;
 pub mod shares;
-#[allow(clippy::disallowed_methods, reason = "opens /dev/null")]
+#[allow(clippy::disallowed_methods, reason = "/dev/null, and the kernel's own below /proc")]
 pub mod spawn;
 pub mod storage;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]

@@ -14,15 +14,16 @@
 //! Until its program runs the child has our memory ([`vfork`]), in which it leaves why it failed. It is killed only where it does
 //! not end by itself.
 
-use super::apart::{self, Born};
+use super::apart::{self, Born, Left};
 use super::files::Program;
-use super::process::{self, Identity, kill};
+use super::process::{Identity, kill};
 use super::ready::ready_by;
 use super::tool::limit;
 use super::user::RunAs;
-use super::vfork::vfork;
+use super::vfork::{Kin, die_with, vfork};
 use super::wall::{self, Ground, Maker, Wall};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
+use rustix::process::{Pid, PidfdFlags, WaitOptions, getpid, pidfd_open, waitpid};
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{self, Write};
@@ -97,7 +98,8 @@ pub struct Spawned {
     pub fd: OwnedFd,
 }
 
-/// The child's end of the pipe by which it is told to go, or to end. Other ends of it are closed only when it runs.
+/// The child's end of the pipe by which it is told to go, or to end. That is said in a word: the thread that makes the child has
+/// copies of both ends until the child runs.
 const GO: RawFd = 4;
 const RUN: u8 = b'!';
 const END: u8 = b'.';
@@ -109,11 +111,8 @@ const ABOVE: RawFd = 200;
 /// Threads of one user, where no control group holds them: fewer than would be felt by others.
 const THREADS: libc::rlim_t = 4096;
 
-/// How long a child may take from "go" to its program.
+/// How long a child may take from "go" to its program; or, where it is not to go, to its end.
 const UNTIL_IT_RUNS: Duration = Duration::from_secs(30);
-
-/// How long a child that is not to go may take to end by itself: it has put up its wall by then.
-const UNTIL_IT_ENDS: Duration = Duration::from_secs(5);
 
 /// What a child may have failed to do.
 const STAGES: [&str; 7] = [
@@ -126,7 +125,7 @@ const STAGES: [&str; 7] = [
     "run",
 ];
 
-/// Everything the child needs, made before it exists: between fork and exec nothing may be allocated.
+/// Everything the child needs, made before it exists: what it made itself would stay with us.
 struct Prepared {
     program: CString,
     argv: Vec<*const libc::c_char>,
@@ -145,7 +144,7 @@ struct Prepared {
     /// Threads of its user are bounded.
     few_threads: bool,
     /// Who must be its parent; in a process namespace of its own it has none.
-    parent: libc::pid_t,
+    parent: Option<Pid>,
     /// Why it did not come to run its program.
     failure: OnceLock<Failure>,
     /// What `argv` and `envp` point into.
@@ -170,13 +169,13 @@ pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -
     let (go_child, go) = pipe()?;
     let prepared = Prepared::new(plan, go_child)?;
     let release = |pid| {
-        let mut child = Child { spawned: Some(adopt(pid)?), go: Some(go.into()) };
+        let mut child = Child::hold(pid, go.into())?;
         child.record(record)?;
         child.let_go();
         Ok(child)
     };
-    let fork = |prepared: &mut Prepared, born: Born| match wall {
-        None => prepared.fork(born),
+    let fork = |prepared: &mut Prepared, left: &Left, born: &Born| match wall {
+        None => prepared.fork(left, born),
         Some(wall) if wall.maker == Maker::Own => {
             let forked = wall::fork(
                 wall,
@@ -186,12 +185,12 @@ pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -
                     Err(why) => prepared.fail(Failure::Wall(why)),
                 },
             );
-            forked.map(drop).map_err(|e| unwalled(&program, &e))
+            forked.map_err(|e| unwalled(&program, &e))
         }
         Some(wall) => {
             join();
             wall.enter(ground).map_err(|e| unwalled(&program, &e))?;
-            prepared.fork(born)
+            prepared.fork(left, born)
         }
     };
     let finish = |child: Child, prepared: Prepared| match prepared.failure.into_inner() {
@@ -206,28 +205,27 @@ fn unwalled(program: &Path, why: &dyn std::fmt::Display) -> io::Error {
     io::Error::other(format!("{} cannot be walled in: {why}", program.display()))
 }
 
-/// Takes hold of a child.
-fn adopt(pid: libc::pid_t) -> io::Result<Spawned> {
-    let fd = process::adopt(pid)?;
-    match Identity::of(pid) {
-        Ok(identity) => Ok(Spawned { identity, fd }),
-        Err(error) => {
-            kill(&fd);
-            Err(error)
-        }
-    }
-}
-
 /// A child that is ended unless it is released.
 struct Child {
-    spawned: Option<Spawned>,
+    pid: libc::pid_t,
     /// What it waits for.
     go: Option<File>,
+    held: Option<Spawned>,
+    is_released: bool,
 }
 
 impl Child {
+    /// Takes hold of a child that nobody has reaped.
+    fn hold(pid: libc::pid_t, go: File) -> io::Result<Child> {
+        let mut child = Child { pid, go: Some(go), held: None, is_released: false };
+        let named = Pid::from_raw(pid).ok_or_else(released)?;
+        let fd = pidfd_open(named, PidfdFlags::empty())?;
+        child.held = Some(Spawned { identity: Identity::of(pid)?, fd });
+        Ok(child)
+    }
+
     fn record(&self, record: impl FnOnce(&Identity) -> io::Result<()>) -> io::Result<()> {
-        self.spawned.as_ref().map_or_else(|| Err(released()), |spawned| record(&spawned.identity))
+        self.held.as_ref().map_or_else(|| Err(released()), |spawned| record(&spawned.identity))
     }
 
     /// Lets it run its program. One that has failed by now has said why.
@@ -236,7 +234,8 @@ impl Child {
     }
 
     fn release(mut self) -> io::Result<Spawned> {
-        self.spawned.take().ok_or_else(released)
+        self.is_released = true;
+        self.held.take().ok_or_else(released)
     }
 }
 
@@ -246,13 +245,20 @@ fn released() -> io::Error {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        let Some(Spawned { fd, .. }) = &self.spawned else { return };
-        // It may have a lock of ours: it is killed only where it hangs in the kernel.
-        if let Some(mut go) = self.go.take() {
-            let _ = go.write_all(&[END]);
-            let _ = ready_by([fd.as_fd()], Instant::now() + UNTIL_IT_ENDS);
+        if self.is_released {
+            return;
         }
-        kill(fd);
+        // It may have a lock of ours: it ends by itself, and is killed only where it hangs in the kernel.
+        let is_to_end = self.go.take().map(|mut go| go.write_all(&[END])).is_some();
+        match &self.held {
+            Some(Spawned { fd, .. }) => {
+                if is_to_end {
+                    let _ = ready_by([fd.as_fd()], Instant::now() + UNTIL_IT_RUNS);
+                }
+                kill(fd);
+            }
+            None => _ = waitpid(Pid::from_raw(self.pid), WaitOptions::empty()),
+        }
     }
 }
 
@@ -290,6 +296,9 @@ fn string(bytes: &OsStr) -> io::Result<CString> {
 
 impl Prepared {
     fn new(plan: Plan<'_>, go: OwnedFd) -> io::Result<Prepared> {
+        if plan.user.is_some() {
+            others_cannot_look_in()?;
+        }
         let program = string(plan.program.as_os_str())?;
         let args = plan.args.iter().map(|arg| string(OsStr::new(arg))).collect::<io::Result<Vec<_>>>()?;
         let env = plan.env.iter().map(|(key, value)| string(OsStr::new(&format!("{key}={value}"))));
@@ -331,20 +340,21 @@ impl Prepared {
             privileged: plan.privileged,
             // In a user namespace of its own its user's are its own.
             few_threads: plan.user.is_some() || alone,
-            // SAFETY: getpid has no conditions.
-            parent: if alone { 0 } else { unsafe { libc::getpid() } },
+            parent: (!alone).then(getpid),
             failure: OnceLock::new(),
             _strings: args.into_iter().chain(env).collect(),
         })
     }
 
-    /// Makes the child; returns when it has run its program or ended.
-    fn fork(&self, born: Born) -> io::Result<()> {
-        let live = |pid| {
+    /// Makes the child; gives its number when it has run its program or ended.
+    fn fork(&self, left: &Left, born: &Born) -> io::Result<libc::pid_t> {
+        let mut sources: Vec<RawFd> = self.places.iter().map(|(from, _)| from.as_raw_fd()).collect();
+        sources.sort_unstable();
+        left.keep_only(sources.into_iter());
+        vfork(Kin::Child, |pid| {
             born.tell(pid);
             self.exec()
-        };
-        vfork(0, live).map(drop)
+        })
     }
 
     /// The child's whole life before the program. System calls only.
@@ -456,23 +466,31 @@ impl Prepared {
 
     /// Lives on only if the parent says so; from then on it needs no parent.
     fn wait_for_go(&self) -> bool {
-        let die_with_parent = |signal: libc::c_int| {
-            // SAFETY: sets a property of this process.
-            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal as libc::c_ulong, 0, 0, 0) == 0 }
-        };
-        // After the change of user, which clears it. The parent may have died before.
-        if !die_with_parent(libc::SIGKILL) || unsafe { libc::getppid() } != self.parent {
+        // After the change of user, which clears it.
+        if die_with(self.parent).is_err() {
             return false;
         }
         let mut byte = 0u8;
         loop {
             // SAFETY: reads one byte into one on this stack.
             match unsafe { libc::read(GO, (&raw mut byte).cast(), 1) } {
-                1 if byte == RUN => return die_with_parent(0),
+                // SAFETY: sets a property of this process.
+                1 if byte == RUN => return unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, 0, 0, 0, 0) == 0 },
                 -1 if unsafe { *libc::__errno_location() } == libc::EINTR => {}
                 _ => unsafe { libc::_exit(127) },
             }
         }
+    }
+}
+
+/// Refuses where the kernel would let others of its new user look into a process that has changed its user: a child has our memory.
+fn others_cannot_look_in() -> io::Result<()> {
+    match std::fs::read_to_string("/proc/sys/fs/suid_dumpable") {
+        Ok(value) if value.trim() == "1" => Err(io::Error::other(
+            "the kernel shows the memory of processes that change their user (fs.suid_dumpable is 1): no process is made for \
+             another user; set it to 0 or 2 (sysctl fs.suid_dumpable=0)",
+        )),
+        _ => Ok(()),
     }
 }
 

@@ -11,16 +11,33 @@
 //! calls that change the user would change that of our threads: it makes the kernel's.
 
 use nix::sys::signal::{SigSet, SigmaskHow};
+use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use std::io;
 use std::panic::AssertUnwindSafe;
 use std::ptr;
 
+/// Whose such a process is, and what it has of ours beside our memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kin {
+    /// A child of the calling process, with a copy of its table of descriptors.
+    Child,
+    /// The same of the calling process' parent.
+    Sibling,
+    /// A child that opens and closes our descriptors.
+    ChildWithOurFiles,
+}
+
 /// Makes a process that does `work`, and ends when that returns; gives its number, as `work` is given it. Returns when the process
-/// has run a program or ended; in the latter case it is a child that nobody has reaped. It has files, folder, limits, namespaces
-/// and signal handlers of its own, unless `flags` of `clone` say otherwise, and no signal reaches it until it lets them. Blocks.
-pub fn vfork<W: FnOnce(libc::pid_t)>(flags: libc::c_int, work: W) -> io::Result<libc::pid_t> {
+/// has run a program or ended; in the latter case nobody has reaped it. Folder, limits, namespaces and signal handlers are its own,
+/// and no signal reaches it until it lets them. Blocks, as long as the process hangs in the kernel too.
+pub fn vfork<W: FnOnce(libc::pid_t)>(kin: Kin, work: W) -> io::Result<libc::pid_t> {
     let stack = Stack::new()?;
     let mut life = Life { number: 0, work: Some(work) };
+    let flags = match kin {
+        Kin::Child => 0,
+        Kin::Sibling => libc::CLONE_PARENT,
+        Kin::ChildWithOurFiles => libc::CLONE_FILES,
+    };
     let flags = flags | libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PARENT_SETTID | libc::SIGCHLD;
     // What is to be done on a signal is ours to do, not that process'.
     let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
@@ -35,6 +52,14 @@ pub fn vfork<W: FnOnce(libc::pid_t)>(flags: libc::c_int, work: W) -> io::Result<
     };
     before.thread_set_mask()?;
     made
+}
+
+/// The calling process ends when the thread that made it does. Error: it has no parent `maker` any more; `None`: none that it sees,
+/// as the first of a process namespace.
+pub fn die_with(maker: Option<Pid>) -> io::Result<()> {
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    // The maker may have ended before.
+    if getppid() == maker { Ok(()) } else { Err(io::Error::other("who made it has ended")) }
 }
 
 /// What a process lives by.
@@ -93,7 +118,7 @@ impl Drop for Stack {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::process::{Pid, WaitOptions, waitpid};
+    use rustix::process::{WaitOptions, waitpid};
 
     fn end(number: libc::pid_t) -> Option<i32> {
         waitpid(Pid::from_raw(number), WaitOptions::empty()).unwrap().unwrap().1.exit_status()
@@ -102,7 +127,7 @@ mod tests {
     #[test]
     fn what_it_finds_out_is_in_our_memory_when_it_has_ended() {
         let (mut found, ours) = (String::new(), std::process::id());
-        let number = vfork(0, |number| {
+        let number = vfork(Kin::Child, |number| {
             let file = std::fs::File::open("/dev/null");
             found = format!("{number} {} {}", std::process::id(), file.is_ok());
         });
@@ -113,7 +138,7 @@ mod tests {
 
     #[test]
     fn a_panic_there_ends_it_alone() {
-        let number = vfork(0, |_| assert_eq!(std::process::id(), 0)).unwrap();
+        let number = vfork(Kin::Child, |_| assert_eq!(std::process::id(), 0)).unwrap();
         assert_eq!(end(number), Some(0));
     }
 
@@ -121,7 +146,7 @@ mod tests {
     fn one_that_is_killed_lets_its_thread_go_on() {
         let mut lives = false;
         // SAFETY: ends this process.
-        let number = vfork(0, |_| unsafe {
+        let number = vfork(Kin::Child, |_| unsafe {
             libc::kill(libc::getpid(), libc::SIGKILL);
             lives = true;
         });

@@ -339,6 +339,6 @@ impl State {
     }
 
     pub(super) fn note(&self, owner: u32, driver: &dyn Driver) -> Note {
-        Note { owner, autostart: self.autostart, name: self.name.clone(), driver: driver.name().to_owned() }
+        Note { autostart: self.autostart, ..Note::of(owner, &self.name, driver) }
     }
 }

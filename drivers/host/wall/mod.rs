@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A path means there what root judged by its descriptor, whatever is renamed outside. All of it is done in a thread of its
-//! own, whose namespaces a process made by it inherits: no code runs between fork and exec for it.
+//! own, whose namespaces a process made by it inherits.
 //!
 //! On top of it: a filter of system calls ([`calls`]), and Landlock where the kernel has it ([`second`]).
 //!

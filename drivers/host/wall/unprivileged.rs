@@ -7,17 +7,19 @@
 //! Only a process with one thread may go into a user namespace, so the wall is made between [`vfork`] and exec.
 
 use super::super::access::LentFile;
-use super::super::vfork::vfork;
+use super::super::vfork::{Kin, die_with, vfork};
 use super::attach::{Origin, Root, Tree};
 use super::build::{self, explain};
 use super::{Maker, Wall};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitOptions, getpid, kill_process, waitid, waitpid};
 use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{OwnedFd, RawFd};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 /// The descriptor of the host's maker of terminals, an `O_PATH` one, which a process behind such a wall has: a node of its own
 /// would do nothing there, and a mount of the host's finds no terminals beside it.
@@ -36,21 +38,23 @@ pub fn fork(
     born: impl FnOnce(libc::pid_t),
     work: impl FnOnce(io::Result<()>) -> Infallible,
 ) -> io::Result<libc::pid_t> {
+    let (us, child) = (getpid(), AtomicI32::new(0));
     let mut made = Err(io::Error::other("the process that was to make it was killed"));
     let live = |number| {
+        child.store(number, Ordering::Release);
         born(number);
         match work(go_behind(wall)) {}
     };
-    let maker = vfork(0, |_| {
-        made = die_with_us().and_then(|()| namespaces(wall)).and_then(|()| vfork(libc::CLONE_PARENT, live));
+    let maker = vfork(Kin::Child, |_| {
+        made = die_with(Some(us)).and_then(|()| namespaces(wall)).and_then(|()| vfork(Kin::Sibling, live));
     })?;
     reap(maker);
+    // Whoever killed the maker let us go on while the child may still have what we have on our stack.
+    if let (Err(_), Some(child)) = (&made, Pid::from_raw(child.into_inner())) {
+        let _ = kill_process(child, Signal::KILL);
+        let _ = waitid(WaitId::Pid(child), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
+    }
     made
-}
-
-/// The calling process ends with the thread that made it.
-fn die_with_us() -> io::Result<()> {
-    Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?)
 }
 
 /// Everything of its own but mounts, which need its first process.
@@ -137,14 +141,14 @@ pub fn show(user: &OwnedFd, mounts: &OwnedFd, files: &[LentFile]) -> io::Result<
     };
     let mut shown = Err(io::Error::other("the process that was to show it failed"));
     // With our descriptors: none of our files is closed at its end.
-    reap(vfork(libc::CLONE_FILES, |_| shown = die_with_us().and_then(|()| work()))?);
+    let us = getpid();
+    reap(vfork(Kin::ChildWithOurFiles, |_| shown = die_with(Some(us)).and_then(|()| work()))?);
     shown
 }
 
 /// Waits for the end of a child that is about to end.
 fn reap(child: libc::pid_t) {
-    if let Some(child) = rustix::process::Pid::from_raw(child) {
-        let _ =
-            rustix::io::retry_on_intr(|| rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty()));
+    if let Some(child) = Pid::from_raw(child) {
+        let _ = rustix::io::retry_on_intr(|| waitpid(Some(child), WaitOptions::empty()));
     }
 }
