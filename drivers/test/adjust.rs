@@ -40,6 +40,7 @@ impl Machine {
             | Adjustment::Bridge(_)
             | Adjustment::Password(..)
             | Adjustment::Listen(_)
+            | Adjustment::Medium { .. }
             | Adjustment::Bandwidth(_) => Ok(()),
         }
     }
