@@ -216,7 +216,7 @@ impl Error {
                 let why = why.lines().collect::<Vec<_>>().join("; ");
                 Error::HypervisorFailed { what, why }
             }
-            DriverError::TimedOut(_) => Error::TimedOut(text),
+            DriverError::TimedOut(_) | DriverError::TrayLocked(_) => Error::TimedOut(text),
             DriverError::Unreachable(_) => Error::HostUnreachable(text),
             DriverError::Storage(_) | DriverError::HalfDone(_) => Error::StorageFailed(text),
             DriverError::Exists(_) => Error::VolumeExists(text),
@@ -282,5 +282,11 @@ mod tests {
         }
         let other = DriverError::Storage("/x: Permission denied (os error 13)".into());
         assert!(matches!(Error::from_driver("web", "start", other), Error::StorageFailed(_)));
+    }
+
+    #[test]
+    fn a_tray_that_stays_locked_is_told_as_what_took_too_long() {
+        let locked = DriverError::TrayLocked("the guest keeps it".into());
+        assert!(matches!(Error::from_driver("web", "change the medium in", locked), Error::TimedOut(_)));
     }
 }

@@ -6,7 +6,7 @@ use super::instance::Leavings;
 use super::launch::MONITOR_FD;
 use super::{
     Delivery, Judged, QemuDriver, capabilities, check, command, declared, domain_capabilities, emulator,
-    ends_on_reboot, find, given, guests_dir, hostdev, make, media, names_emulator, needs, our_body, plan, stats,
+    ends_on_reboot, find, given, guests_dir, hostdev, make, names_emulator, needs, our_body, stats,
 };
 use crate::host::files::{Seen, What};
 use crate::host::storage;
@@ -28,10 +28,10 @@ use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::stats::{GroupStats, StatQuestion};
 use virt_model::driver::{
     Accepted, Adjustment, Attachment, Detachment, DomainEnd, Driver, DriverError, GivenFile, Instance, Launch,
-    MachineChoice, NewMedium, Reconnect, Reconnected, Removable, Running, StoredFile,
+    MachineChoice, Reconnect, Reconnected, Removable, Running, StoredFile,
 };
 use virt_model::secret::SecretUser;
-use virt_model::xml::{Finding, FindingKind, refusals, shorten};
+use virt_model::xml::{Finding, FindingKind, shorten};
 
 #[async_trait]
 impl Driver for QemuDriver {
@@ -275,27 +275,6 @@ impl Driver for QemuDriver {
         let made = taken.await.unwrap_or_else(|_| Err(DriverError::Internal("the start was cut off".into())));
         given_up.disarm();
         made?.accept()
-    }
-
-    async fn change_medium(&self, guest: &dyn Instance, medium: NewMedium<'_>) -> Result<(), DriverError> {
-        let NewMedium { def, target, how, image } = medium;
-        let body = our_body(guest)?;
-        let disk = def.devices.disks.iter().find(|disk| disk.target.dev == target);
-        let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
-        let caps = self.learnt_for(def).await;
-        refusals(check::check(&given::as_shown(def), &caps)).map_err(DriverError::Config)?;
-        declared::hold(&self.0.workers, def).await?;
-        let has = given::GivenImage::of(disk);
-        if let Some(image) = image {
-            given::hand_over(body, disk, image).await?;
-        }
-        let lend = async |files: Vec<plan::HostFile>| self.lend_to(body, def, files).await.map(drop);
-        let changed = media::change(body, disk, how, |name| command::medium(def, &caps, disk, name), lend).await;
-        match &changed {
-            Ok(()) => given::take_back(body, target, has).await,
-            Err(_) => given::take_back_this(body, has).await,
-        }
-        changed
     }
 
     async fn judge_image(&self, machine: Uuid, disk: &Disk, image: &Arc<GivenFile>) -> Result<String, DriverError> {

@@ -343,12 +343,7 @@ async fn x7_a_tray_that_the_guest_closes_meanwhile_is_opened_again() {
     ];
     let script = async {
         for (verb, reply) in steps {
-            let mut line = String::new();
-            peer.read_line(&mut line).await.unwrap();
-            let asked: Value = serde_json::from_str(&line).unwrap();
-            assert_eq!(asked["execute"], verb);
-            let id = &asked["id"];
-            peer.get_mut().write_all(format!("{{{reply}, \"id\": {id}}}\n").as_bytes()).await.unwrap();
+            answers(&mut peer, verb, reply).await;
         }
     };
     let change = crate::qemu::media::change(&instance.body, &drive, Default::default(), |_| None, async |_| Ok(()));
@@ -356,6 +351,35 @@ async fn x7_a_tray_that_the_guest_closes_meanwhile_is_opened_again() {
     changed.unwrap();
     drop(peer);
     assert!(reports.recv().await.is_some(), "the process without its monitor ends");
+}
+
+/// QEMU is asked that, and answers so.
+async fn answers(peer: &mut (impl AsyncBufReadExt + AsyncWriteExt + Unpin), verb: &str, reply: &str) {
+    let mut line = String::new();
+    peer.read_line(&mut line).await.unwrap();
+    let asked: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(asked["execute"], verb);
+    let id = &asked["id"];
+    peer.write_all(format!("{{{reply}, \"id\": {id}}}\n").as_bytes()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_tray_that_stays_locked_is_told_from_a_qemu_that_does_not_answer() {
+    use virt_model::device::{Alias, Disk};
+    use virt_model::driver::MediumExchange;
+    let (instance, mut peer, _reports, _) = guest("exec sleep 1000").await;
+    let mut drive = Disk::default();
+    drive.info.alias = Some(Alias { name: "sata0-0-0".into(), ..Alias::default() });
+    let locked = "\"error\": {\"class\": \"GenericError\", \"desc\": \"Device 'sata0-0-0' is locked and force was not specified\"}";
+    let how = MediumExchange { force: false, patience: Some(Duration::from_millis(20)) };
+    let change = crate::qemu::media::change(&instance.body, &drive, how, |_| None, async |_| Ok(()));
+    let script = async {
+        answers(&mut peer, "query-named-block-nodes", "\"return\": []").await;
+        answers(&mut peer, "query-block", "\"return\": [{\"qdev\": \"sata0-0-0\"}]").await;
+        answers(&mut peer, "blockdev-open-tray", locked).await;
+    };
+    let (changed, ()) = tokio::join!(change, script);
+    assert!(matches!(&changed, Err(DriverError::TrayLocked(why)) if why.contains("'force'")), "{changed:?}");
 }
 
 #[path = "plugging_tests.rs"]

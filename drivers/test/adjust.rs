@@ -41,6 +41,7 @@ impl Machine {
             | Adjustment::Password(..)
             | Adjustment::Listen(_)
             | Adjustment::Bandwidth(_)
+            | Adjustment::Medium { .. }
             | Adjustment::Filter(_) => Ok(()),
         }
     }

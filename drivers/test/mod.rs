@@ -46,8 +46,8 @@ use virt_model::driver::saved::SavedMachines;
 use virt_model::driver::snapshots::{Snapshots, StartFrom};
 use virt_model::driver::stats::{GroupStats, StatQuestion};
 use virt_model::driver::{
-    Adjustment, Attachment, Detachment, Driver, DriverError, GivenFile, Instance, Launch, NewMedium, Reconnect,
-    Reconnected, Removable, Running, StoredFile,
+    Adjustment, Attachment, Detachment, Driver, DriverError, GivenFile, Instance, Launch, Reconnect, Reconnected,
+    Removable, Running, StoredFile,
 };
 use virt_model::lock::lock;
 use virt_model::xml::{Finding, FindingKind, shorten};
@@ -242,10 +242,6 @@ impl Driver for TestDriver {
         let mut live = launch.def;
         name_devices(Arc::make_mut(&mut live));
         Ok(Running { instance: Arc::new(TestInstance(machine)), live })
-    }
-
-    async fn change_medium(&self, guest: &dyn Instance, _medium: NewMedium<'_>) -> Result<(), DriverError> {
-        our_machine(guest)?.listens().await
     }
 
     /// A machine that is played has room for all that has a name.

@@ -221,14 +221,26 @@ impl Domain {
         stored: Option<(Arc<DomainDef>, DomainDef)>,
     ) -> Result<()> {
         if let Some(live) = &live {
-            self.nothing_works_on(&live.what)?;
             self.is_no_worse(&live.before, &live.after).await?;
         }
         if let Some((before, after)) = &stored {
             self.is_no_worse(before, after).await?;
         }
+        self.put_changed(verb, live, stored.map(|(_, after)| Arc::new(after))).await
+    }
+
+    /// The same of configurations that somebody else holds to that.
+    pub(super) async fn put_changed(
+        &self,
+        verb: &'static Verb,
+        live: Option<LiveChange>,
+        stored: Option<Arc<DomainDef>>,
+    ) -> Result<()> {
+        if let Some(live) = &live {
+            self.nothing_works_on(&live.what)?;
+        }
         let stored = match stored {
-            Some((_, after)) => Some((after.name.clone(), self.to_store(Arc::new(after)).await?)),
+            Some(after) => Some((after.name.clone(), self.to_store(after).await?)),
             None => None,
         };
         let Some(live) = live else { return self.put_written(None, stored, Update::Whole).await };
@@ -248,8 +260,7 @@ impl Domain {
         match (before.zip(live), stored) {
             (Some((before, after)), Some(stored)) => {
                 let live = LiveChange { before, after: Arc::unwrap_or_clone(after), what: Vec::new() };
-                let stored = (stored.name.clone(), self.to_store(stored).await?);
-                Box::pin(self.put_followed(verb, live, Some(stored))).await
+                self.put_changed(verb, Some(live), Some(stored)).await
             }
             (live, stored) => self.put_configurations(live.map(|(_, after)| after), stored, Update::Whole).await,
         }
@@ -279,7 +290,10 @@ impl Domain {
                 if matches!(one, Adjustment::Vcpus(_)) && after.vcpus_at_boot() != before.vcpus_at_boot() {
                     self.put_configurations(Some(Arc::new(after)), None, Update::Whole).await?;
                 }
-                return Err(self.driver_failed(verb.word, error));
+                return Err(match one {
+                    Adjustment::Medium { .. } => self.driver_failed(&format!("change {one} of"), error),
+                    _ => self.driver_failed(verb.word, error),
+                });
             }
         }
         fail_point::reached();
@@ -300,10 +314,10 @@ impl Domain {
         put
     }
 
-    /// Refuses limits of a disk that a job or a backup works on: they are put into its graph of nodes.
+    /// Refuses limits and another medium of a disk that a job or a backup works on: they are put into its graph of nodes.
     fn nothing_works_on(&self, what: &[Adjustment]) -> Result<()> {
         let disk = |one: &Adjustment| match one {
-            Adjustment::Throttle(target) => self.disks_are_idle(Some(target)),
+            Adjustment::Throttle(target) | Adjustment::Medium { target, .. } => self.disks_are_idle(Some(target)),
             _ => Ok(()),
         };
         what.iter().try_for_each(disk)
@@ -437,15 +451,26 @@ impl Domain {
     ) -> std::result::Result<(), DriverError> {
         let mut undone = Ok(());
         for one in what.iter().rev() {
-            let back = self.driver.adjust(guest.instance.as_ref(), after, &mut before.clone(), one).await;
-            if let Err(error) = back {
-                tracing::error!(uuid = %self.uuid, name = self.name(), %error, "GetXML does not tell {one}");
-                if matches!(error, DriverError::TimedOut(_)) {
-                    undone = Err(error);
-                }
+            let mut has = before.clone();
+            let back = self.driver.adjust(guest.instance.as_ref(), after, &mut has, &one.back()).await;
+            let Err(error) = back else { continue };
+            let is_late = matches!(error, DriverError::TimedOut(_));
+            if !is_late && self.tells(one, has).await {
+                tracing::error!(uuid = %self.uuid, name = self.name(), %error, "a change of {one} cannot be undone");
+                continue;
+            }
+            tracing::error!(uuid = %self.uuid, name = self.name(), %error, "GetXML does not tell {one}");
+            if is_late {
+                undone = Err(error);
             }
         }
         undone
+    }
+
+    /// Keeps of what could not be undone how it is, where that is known. Whether `GetXML` tells it now.
+    async fn tells(&self, what: &Adjustment, has: DomainDef) -> bool {
+        matches!(what, Adjustment::Medium { .. })
+            && self.put_configurations(Some(Arc::new(has)), None, Update::Whole).await.is_ok()
     }
 
     /// Refuses what says more against a configuration than there was before.

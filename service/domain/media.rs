@@ -1,5 +1,6 @@
 //! What lies in a drive: changed while the guest runs, in what is stored, or both.
 
+use super::adjust::LiveChange;
 use super::{Affect, Domain, absolute, given};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
@@ -12,7 +13,7 @@ use virt_model::device::disk::{DiskDevice, DiskKind};
 use virt_model::domain::one_device::first_not_in;
 use virt_model::domain::part::Part as _;
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::{DeviceEvent, GivenFile, MediumChange, MediumExchange, NewMedium};
+use virt_model::driver::{Adjustment, DeviceEvent, GivenFile, MediumChange, MediumExchange};
 use virt_model::xml::{Element, Finding, shorten};
 
 impl Domain {
@@ -82,55 +83,24 @@ impl Domain {
             let completed = self.driver.learn_and_complete(stored).await;
             completed.map_err(|e| Error::from_driver(&self.name(), "update a device of", e))?;
         }
-        if let Some((def, target)) = &live {
-            self.disks_are_idle(Some(target))?;
-            self.change_medium(def, target, how, image).await?;
-        }
         let (live, target) = live.unzip();
         let is_empty = |def: &DomainDef| {
             def.devices.disks.iter().any(|disk| Some(&disk.target.dev) == target.as_ref() && disk.is_empty())
         };
         let reason = if live.as_ref().is_some_and(is_empty) { MediumChange::Ejected } else { MediumChange::Changed };
-        let stored = stored.map(|(def, _)| Arc::new(def));
-        let put = self.put_both(verb, before.clone(), live.map(Arc::new), stored);
-        if let Err(error) = put.await {
-            self.put_back_medium(before.as_deref(), target.as_deref()).await;
-            return Err(error);
-        }
+        let what = target.iter().map(|target| Adjustment::Medium {
+            target: target.clone(),
+            how: Some(how),
+            image: image.clone(),
+        });
+        let what = what.collect();
+        let live = before.zip(live).map(|(before, after)| LiveChange { before, after, what });
+        self.put_changed(verb, live, stored.map(|(def, _)| Arc::new(def))).await?;
         if let (Some(target), Some(guest)) = (&target, lock(&self.state).guest.as_mut()) {
             guest.ejected.remove(target);
         }
         target.into_iter().for_each(|target| self.tell_device(DeviceEvent::MediumChanged { target, reason }));
         Ok(())
-    }
-
-    async fn change_medium(
-        &self,
-        def: &DomainDef,
-        target: &str,
-        how: MediumExchange,
-        image: Option<Arc<GivenFile>>,
-    ) -> Result<()> {
-        let guest = self.guest()?;
-        let medium = NewMedium { def, target, how, image: image.as_ref() };
-        let changed = self.driver.change_medium(guest.instance.as_ref(), medium).await;
-        changed.map_err(|e| Error::from_driver(&self.name(), &format!("change the medium in '{target}' of"), e))
-    }
-
-    /// What could not be written down is not to be in the drive, either.
-    async fn put_back_medium(&self, before: Option<&DomainDef>, target: Option<&str>) {
-        let (Some(before), Some(target)) = (before, target) else { return };
-        let mut before = before.clone();
-        // What was given is closed by then: the drive is left empty.
-        let given = before.devices.disks.iter_mut().filter(|disk| disk.target.dev == target && disk.is_given());
-        let had_given = given.map(|disk| disk.source = None).count() > 0;
-        let back = async {
-            self.change_medium(&before, target, MediumExchange::default(), None).await?;
-            if had_given { Err(Error::Internal("what lay in it was given by descriptor".to_owned())) } else { Ok(()) }
-        };
-        if let Err(error) = back.await {
-            tracing::error!(uuid = %self.uuid, name = self.name(), %error, "GetXML does not tell what lies in '{target}'");
-        }
     }
 
     /// The guest itself has opened the tray of a drive: what lay in it, it does not have any more. That is told once, until

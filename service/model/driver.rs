@@ -29,7 +29,7 @@ use crate::state::{PmSuspended, ShutdownBy, Suspended};
 use crate::xml::{Finding, refusals};
 pub use adjust::Adjustment;
 use async_trait::async_trait;
-pub use devices::{Attachment, Detachment, DeviceEvent, IoAction, IoFailure, MediumChange, MediumExchange, NewMedium};
+pub use devices::{Attachment, Detachment, DeviceEvent, IoAction, IoFailure, MediumChange, MediumExchange};
 pub use given::GivenFile;
 pub use reports::{EventSink, EventStream, reports};
 use serde::{Deserialize, Serialize};
@@ -195,13 +195,6 @@ pub trait Driver: Send + Sync {
         Err(DriverError::Unsupported(format!("this driver takes no image by descriptor for '{target}'")))
     }
 
-    /// Changes what lies in a drive of a running guest to what its definition says, or to the image that has been given. On
-    /// failure the drive holds what it held.
-    async fn change_medium(&self, guest: &dyn Instance, medium: NewMedium<'_>) -> Result<(), DriverError> {
-        let _ = guest;
-        Err(DriverError::Unsupported(format!("this driver cannot change the medium in '{}'", medium.target)))
-    }
-
     /// Gives the device that `def` has more than `before`, which `guest` runs with, its place and its name, which is returned; with
     /// it may come a controller that it sits on. Changes nothing on the host.
     /// Errors: `Unsupported` and `Refused` name what cannot be plugged into a machine that runs, or has no place there.
@@ -245,9 +238,10 @@ pub trait Driver: Send + Sync {
     }
 
     /// Has the guest follow `def`, which is other than `before`, what it runs with, in what is named. On failure `def` is what the
-    /// guest has then: `before`, but that some vCPUs may have come or gone.
+    /// guest has then: `before`, but that some vCPUs may have come or gone, and that of a medium that is put back the drive may be empty.
     /// Errors: `Unsupported` names what cannot change while this machine runs; `TimedOut` if the guest keeps vCPUs: it may let go
-    /// of them later, which is reported ([`DriverEvent::VcpusChanged`]).
+    /// of them later, which is reported ([`DriverEvent::VcpusChanged`]); `Refused` or, if the caller has said how long,
+    /// `TrayLocked` if it keeps the tray of a drive locked.
     async fn adjust(
         &self,
         guest: &dyn Instance,
@@ -651,6 +645,9 @@ pub enum DriverError {
     /// The host that keeps the machine does not answer: says which, since when and why.
     #[error("{0}")]
     Unreachable(String),
+    /// The guest has kept a drive's tray locked as long as the caller has given it: what lies in it has not changed.
+    #[error("{0}")]
+    TrayLocked(String),
     /// A file or device could not be used.
     #[error("{0}")]
     Storage(String),

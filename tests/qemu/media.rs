@@ -1,6 +1,7 @@
 //! Media of drives, changed while the guest runs and while it does not. What lies in a drive is what QEMU has open.
 
 use crate::common::client::{Client, Domain, Refusal, options};
+use crate::common::cut_off::{Steps, Victims};
 use crate::common::guest::Tick;
 use crate::common::snapshots::with;
 use crate::common::users::ADMIN;
@@ -48,6 +49,20 @@ impl Machine {
         let pid = self.daemon.qemu_of("drives").expect("it runs");
         let files = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("its files");
         files.flatten().any(|file| std::fs::read_link(file.path()).is_ok_and(|link| link == medium))
+    }
+
+    /// The files that QEMU says that the drives hold, while no virtd has its monitor.
+    fn held(&self) -> Vec<String> {
+        let told = self.daemon.asks_qemu(&["{\"execute\":\"query-block\"}"]);
+        let drives = told[0]["return"].as_array().into_iter().flatten();
+        drives.filter_map(|drive| drive["inserted"]["file"].as_str().map(str::to_owned)).collect()
+    }
+
+    /// virtd is killed, and another one has had its look at the guest.
+    async fn is_found_again(&mut self) {
+        self.daemon.start_virtd().await;
+        self.domain = self.domain.client.named("drives").await.expect("found");
+        self.domain.is_looked_after().await;
     }
 
     async fn xml(&self, inactive: bool) -> String {
@@ -136,5 +151,46 @@ async fn what_is_refused_changes_nothing() {
     let empty = "<disk type='file' device='cdrom'><target dev='sda'/></disk>";
     let (name, _) = theirs.call("UpdateDevice", &(empty, options([]))).await.expect_err("nobody has allowed it");
     assert!(name.starts_with("org.freedesktop.DBus.Error."), "{name}");
+    machine.domain.run("Destroy").await.expect("destroyed");
+}
+
+#[tokio::test]
+async fn whoever_is_killed_while_a_medium_is_changed_what_is_told_lies_in_the_drive() {
+    let Some(mut machine) = Machine::with_drives().await else { return };
+    let [one, two] = ["one.iso", "two.iso"].map(|name| machine.medium(name, 1 << 20));
+    machine.put("sda", Some(&one), &[]).await.expect("changed while it is off");
+    machine.domain.run("Start").await.expect("started");
+    machine.tick.counts_to(2).await;
+    for config in [true, false] {
+        let mut steps = Steps::of(format!("ChangeMedium, config: {config}"), Victims::Virtd, 4..8);
+        loop {
+            let stored_before = machine.xml(true).await;
+            let (now, next) = if machine.has_open(&one) { (&one, &two) } else { (&two, &one) };
+            steps.next();
+            steps.kill(&machine.daemon, "drives");
+            let flags = with([("live", true), ("config", config)]);
+            let changed = machine.domain.call("ChangeMedium", &("sda", next.to_string_lossy(), flags)).await;
+            if !steps.struck(&mut machine.daemon, changed.is_ok()).await {
+                break;
+            }
+            machine.is_found_again().await;
+            let (live, stored) = (machine.xml(false).await, machine.xml(true).await);
+            // The next virtd is no more, and QEMU alone tells.
+            machine.daemon.kill_virtd().await;
+            let held = machine.held();
+            let (is_new, when) = (held.contains(&next.display().to_string()), steps.when());
+            steps.is_done(is_new);
+            let (there, gone) = if is_new { (next, now) } else { (now, next) };
+            assert!(held.contains(&there.display().to_string()), "{when}: {held:?}");
+            assert!(names(&live, there) && !names(&live, gone), "{when}: {held:?}, {live}");
+            assert!(machine.has_open(there) && !machine.has_open(gone), "{when}: what was begun is left");
+            match config {
+                true => assert!(names(&stored, there) && !names(&stored, gone), "{when}: {stored}"),
+                false => assert_eq!(stored, stored_before, "{when}"),
+            }
+            machine.is_found_again().await;
+        }
+    }
+    machine.tick.goes_on().await;
     machine.domain.run("Destroy").await.expect("destroyed");
 }

@@ -42,6 +42,10 @@ impl QemuDriver {
             Adjustment::Link(card) => set_link(body, bandwidth::card_of(def, card)?).await,
             Adjustment::Listen(index) => listen::adjust(body, before, def, *index).await,
             Adjustment::Password(index, connected) => set_password(body, before, def, *index, *connected).await,
+            Adjustment::Medium { target, how: Some(how), image } => {
+                self.change_medium(body, def, target, *how, image.as_deref()).await
+            }
+            Adjustment::Medium { target, how: None, .. } => self.put_back_medium(body, before, def, target).await,
             Adjustment::Vcpus(patience) => self.adjust_vcpus(body, before, def, *patience).await,
         }
     }
@@ -69,7 +73,8 @@ impl QemuDriver {
             | Adjustment::Bridge(_)
             | Adjustment::Filter(_)
             | Adjustment::Listen(_)
-            | Adjustment::Password(..) => Ok(()),
+            | Adjustment::Password(..)
+            | Adjustment::Medium { .. } => Ok(()),
         }
     }
 }

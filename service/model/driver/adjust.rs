@@ -1,8 +1,10 @@
 //! What of a machine can change while it runs, without anything being plugged.
 
+use super::{GivenFile, MediumExchange};
 use crate::device::display::Connected;
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// One such thing; which values it is to have stands in the definition.
@@ -30,6 +32,28 @@ pub enum Adjustment {
     Bandwidth(String),
     /// What may pass it: `<filterref>`.
     Filter(String),
+    /// What lies in a drive: its source.
+    Medium {
+        /// The drive's target.
+        target: String,
+        /// How it is exchanged. `None` where a change is undone: what lies in the drive already is not exchanged then, and of what
+        /// was given by descriptor, which cannot be opened again, the drive is left empty.
+        #[serde(skip)]
+        how: Option<MediumExchange>,
+        /// The medium, if a client has given it and it has been judged.
+        #[serde(skip)]
+        image: Option<Arc<GivenFile>>,
+    },
+}
+
+impl Adjustment {
+    /// The same as it is asked for to undo it: without what was said of this one change.
+    pub fn back(&self) -> Adjustment {
+        match self {
+            Adjustment::Medium { target, .. } => Adjustment::Medium { target: target.clone(), how: None, image: None },
+            other => other.clone(),
+        }
+    }
 }
 
 impl fmt::Display for Adjustment {
@@ -45,6 +69,7 @@ impl fmt::Display for Adjustment {
             Adjustment::Listen(index) => write!(f, "where graphics {index} listens"),
             Adjustment::Bandwidth(card) => write!(f, "the limits of network card '{card}'"),
             Adjustment::Filter(card) => write!(f, "the filter of network card '{card}'"),
+            Adjustment::Medium { target, .. } => write!(f, "the medium in '{target}'"),
             Adjustment::MemoryStats => f.write_str("how often it tells of its memory"),
         }
     }

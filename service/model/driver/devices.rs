@@ -28,19 +28,6 @@ pub struct Detachment<'a> {
     pub patience: Duration,
 }
 
-/// What is to lie in a drive of a running guest.
-#[derive(Clone, Copy, Debug)]
-pub struct NewMedium<'a> {
-    /// The machine as it is to be.
-    pub def: &'a DomainDef,
-    /// The drive's target.
-    pub target: &'a str,
-    /// How it is exchanged.
-    pub how: MediumExchange,
-    /// The medium, if a client has given it and it has been judged.
-    pub image: Option<&'a Arc<GivenFile>>,
-}
-
 /// What has happened to a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceEvent {
@@ -126,7 +113,7 @@ choices! {
 pub struct MediumExchange {
     /// The tray is opened even where the guest has locked it.
     pub force: bool,
-    /// How long a guest may keep its tray locked, if the caller says so: after it `TimedOut`, not `Refused`.
+    /// How long a guest may keep its tray locked, if the caller says so: after it `TrayLocked`, not `Refused`.
     pub patience: Option<Duration>,
 }
 
