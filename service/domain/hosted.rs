@@ -128,7 +128,7 @@ impl Domain {
             let started = host.inventory()?.start(key, events).await;
             let adopted = started.map_err(|e| Error::from_driver(&domain.name(), verb::START.word, e))?;
             // Whoever wants no guest was told that none comes of this.
-            let Err(cancelled) = domain.is_launched(true, job.cancel_token()) else {
+            let Err(cancelled) = domain.is_still_wanted(job.cancel_token()) else {
                 return domain.runs_at_host(adopted, reports, StateReason::Booted);
             };
             match adopted.instance.destroy(false).await {
