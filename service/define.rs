@@ -145,6 +145,8 @@ impl Service {
     /// Whether files that a document names may be looked at for whoever gave it. Asks nobody.
     async fn may_name_files(&self, caller: &Caller, def: &DomainDef, driver: &dyn Driver) -> bool {
         let existing = self.domains.look(def.uuid, &def.name).ok().flatten();
+        // What is allowed with a machine of another host says nothing of files of this one.
+        let existing = existing.filter(|domain| domain.takes_documents().is_ok());
         let subject = existing.map_or_else(|| subject_of(def, driver), |domain| domain.subject());
         self.may_all(caller, verb::DEFINE.action.as_slice(), &subject).await
     }

@@ -130,7 +130,7 @@ struct MirroredGuest<R> {
 }
 
 impl<R: Remote> MirroredGuest<R> {
-    /// Asks for what is not waited for, or cannot be seen.
+    /// Asks for what is not waited for, or cannot be seen: whatever it is then is right.
     async fn asks(&self, deed: Deed) -> Result<(), DriverError> {
         self.host.does(&self.key, deed, Ours::Nothing, |_| true).await
     }
@@ -164,16 +164,17 @@ impl<R: Remote> Instance for MirroredGuest<R> {
     }
 
     async fn suspend(&self) -> Result<(), DriverError> {
-        self.host.does(&self.key, Deed::Suspend, Ours::Suspend, |picture| picture.run != Run::Running).await
+        self.host.does(&self.key, Deed::Suspend, Ours::Suspend, |picture| picture.run.has_left(Run::Running)).await
     }
 
     async fn resume(&self) -> Result<(), DriverError> {
-        self.host.does(&self.key, Deed::Resume, Ours::Resume, |picture| picture.run != Run::Paused).await
+        self.host.does(&self.key, Deed::Resume, Ours::Resume, |picture| picture.run.has_left(Run::Paused)).await
     }
 
     async fn destroy(&self, _graceful: bool) -> Result<(), DriverError> {
         let mark = lock(&self.host.machines).picture(&self.key).and_then(|picture| picture.mark);
-        let ended = move |picture: &Picture| !picture.run.is_active() || picture.mark != mark;
+        let runs_on = move |picture: &Picture| picture.run.is_active() && picture.mark == mark;
+        let ended = move |picture: &Picture| picture.run != Run::Between && !runs_on(picture);
         self.host.does(&self.key, Deed::Destroy, Ours::Destroy, ended).await
     }
 }

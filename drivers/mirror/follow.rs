@@ -4,6 +4,7 @@ use super::machines::Asked;
 use super::picture::Picture;
 use super::remote::{Remote, Which};
 use super::{Contact, Inner};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::UnboundedSender;
@@ -14,7 +15,10 @@ use virt_model::lock::lock;
 /// How long a host may take to be connected to.
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// How long a host that is lost is left alone, at first and at most.
+/// The least time from one look at all machines to the next: a host on which something always changes is not asked without a pause.
+const PACE: Duration = Duration::from_millis(200);
+
+/// How long a host that is lost is left alone, at first and at most. One that has stayed for the longest is lost for the first time.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
 impl<R: Remote> Inner<R> {
@@ -26,8 +30,12 @@ impl<R: Remote> Inner<R> {
             loop {
                 let why = match self.comes_back().await {
                     Ok(()) => {
-                        pause = AGAIN.0;
-                        self.stays().await
+                        let since = Instant::now();
+                        let why = self.stays().await;
+                        if since.elapsed() >= AGAIN.1 {
+                            pause = AGAIN.0;
+                        }
+                        why
                     }
                     Err(why) => why,
                 };
@@ -52,8 +60,8 @@ impl<R: Remote> Inner<R> {
         let mut machines = lock(&self.machines);
         self.contact.send_replace(Contact::Connected);
         machines.tell(HostReport::Connected { version });
-        machines.tell_anew();
         machines.are(asked, pictures);
+        machines.tell_anew();
         machines.tell(HostReport::Complete);
         Ok(())
     }
@@ -65,16 +73,29 @@ impl<R: Remote> Inner<R> {
 
     async fn takes_pictures(&self) -> Result<(Asked, Vec<Picture>), DriverError> {
         let asked = lock(&self.machines).asking();
-        Ok((asked, self.in_time(self.remote.pictures(Which::All)).await?))
+        let mut pictures = self.in_time(self.remote.pictures(Which::All)).await?;
+        let mut keys = BTreeSet::new();
+        pictures.retain(|Picture { seen, .. }| {
+            let first = keys.insert(seen.key.clone());
+            if !first {
+                let (host, key) = (&self.profile.name, &seen.key);
+                tracing::warn!(%host, %key, "the host says that it has two machines of this key: the second is left out");
+            }
+            first
+        });
+        Ok((asked, pictures))
     }
 
     /// Tells what changes on a host that answers; why it does not any more.
     async fn stays(&self) -> DriverError {
+        let mut looked_at = tokio::time::Instant::now();
         loop {
             let changed = tokio::select! {
                 changed = self.remote.changed(self.profile.poll) => changed,
                 () = self.wanted.notified() => Ok(()),
             };
+            tokio::time::sleep_until(looked_at + PACE).await;
+            looked_at = tokio::time::Instant::now();
             let looked = match changed {
                 Ok(()) => self.looks().await,
                 Err(error) => Err(error),
@@ -88,10 +109,18 @@ impl<R: Remote> Inner<R> {
         }
     }
 
-    /// Looks at all machines, and tells what is otherwise.
+    /// Looks at all machines, and tells what is otherwise. One look is enough for all who want one before it begins.
     pub(super) async fn looks(&self) -> Result<(), DriverError> {
+        let wanted = lock(&self.machines).asking();
+        let mut last = self.looking.lock().await;
+        // Whoever looked before may have found that it hangs.
+        self.reachable()?;
+        if *last > wanted {
+            return Ok(());
+        }
         let (asked, pictures) = self.takes_pictures().await?;
         lock(&self.machines).are(asked, pictures);
+        *last = asked;
         Ok(())
     }
 

@@ -22,7 +22,7 @@ mod verb;
 pub use picture::{Picture, Run};
 pub use remote::{Deed, Remote, Which};
 
-use machines::Machines;
+use machines::{Asked, Machines};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use tokio::sync::{Notify, watch};
@@ -39,6 +39,8 @@ struct Inner<R> {
     contact: watch::Sender<Contact>,
     /// Somebody wants the host to be looked at now.
     wanted: Notify,
+    /// Held while all machines are looked at: when what was last seen so was asked for.
+    looking: tokio::sync::Mutex<Asked>,
 }
 
 /// Whether a host answers.
@@ -60,8 +62,8 @@ impl<R: Remote> Mirror<R> {
     /// A driver of that host; nobody speaks to it before it is watched.
     pub fn new(remote: R, profile: HostProfile) -> Mirror<R> {
         let begins = Contact::Lost(Instant::now(), "it has not been connected to yet".to_owned());
-        let (machines, wanted) = (Mutex::default(), Notify::new());
-        Mirror(Arc::new(Inner { remote, profile, machines, contact: watch::Sender::new(begins), wanted }))
+        let (machines, wanted, looking) = (Mutex::default(), Notify::new(), tokio::sync::Mutex::default());
+        Mirror(Arc::new(Inner { remote, profile, machines, contact: watch::Sender::new(begins), wanted, looking }))
     }
 }
 

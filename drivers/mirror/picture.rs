@@ -36,6 +36,11 @@ impl Run {
     pub fn is_active(self) -> bool {
         matches!(self, Run::Running | Run::Paused)
     }
+
+    /// Whether it has come to something other than this.
+    pub(super) fn has_left(self, old: Run) -> bool {
+        self != old && self != Run::Between
+    }
 }
 
 /// What has happened to a machine.

@@ -1,8 +1,8 @@
 //! What is done to a machine. A verb has it to itself: what the task of the host sees meanwhile is not looked at. It ends when a
 //! picture shows what it did, and that is told as ours; what else has happened is told as somebody else's.
 
-use super::machines::Ours;
-use super::picture::{Picture, Run};
+use super::machines::{Asked, Ours};
+use super::picture::Picture;
 use super::remote::{Deed, Remote, Which};
 use super::{Contact, Inner};
 use std::time::Duration;
@@ -11,7 +11,13 @@ use virt_model::driver::inventory::Key;
 use virt_model::lock::lock;
 
 /// How long what was asked for may take to be seen.
-const LONGEST: Duration = Duration::from_secs(600);
+fn longest(deed: Deed) -> Duration {
+    Duration::from_secs(match deed {
+        Deed::Start | Deed::Destroy => 600,
+        // These are done in a moment, or only asked for.
+        Deed::Shutdown | Deed::Reboot | Deed::Reset | Deed::Suspend | Deed::Resume => 20,
+    })
+}
 
 /// How long between two looks at a machine of which something was asked. A host need not tell when it has done that.
 const LOOKS: Duration = Duration::from_millis(100);
@@ -48,24 +54,43 @@ impl<R: Remote> Inner<R> {
             let asked = self.in_time(self.remote.ask(key, deed)).await;
             if let Err(error) = asked {
                 // It is refused in a state that nobody may have been told yet.
-                let seen = self.in_time(self.remote.pictures(Which::One(key))).await;
-                seen.into_iter().for_each(|mut seen| lock(&self.machines).is(key, seen.pop(), Ours::Nothing));
+                let seen = self.takes_picture(key).await;
+                seen.into_iter().for_each(|(asked, seen)| lock(&self.machines).is(key, asked, seen, Ours::Nothing));
                 return Err(error);
             }
-            let picture = self.sees(key, wanted).await?;
+            let seen = tokio::time::timeout(longest(deed), self.sees(key, wanted)).await;
+            let (asked, picture) = seen.unwrap_or_else(|_| Err(self.not_done(deed)))?;
             let there = picture.is_some();
-            lock(&self.machines).is(key, picture, ours);
+            lock(&self.machines).is(key, asked, picture, ours);
             if there { Ok(()) } else { Err(DriverError::Gone) }
         };
+        // What it answers with locks the contact, and is put away before that is asked again.
+        let lost = async { contact.wait_for(|contact| matches!(contact, Contact::Lost(..))).await.map(drop) };
         tokio::select! {
-            done = tokio::time::timeout(LONGEST, work) => done.unwrap_or_else(|_| {
-                let (name, minutes) = (&self.profile.name, LONGEST.as_secs() / 60);
-                Err(DriverError::TimedOut(format!("host '{name}' has not done it within {minutes} minutes; its outcome is told when seen")))
-            }),
-            _ = contact.wait_for(|contact| matches!(contact, Contact::Lost(..))) => {
-                Err(self.reachable().err().unwrap_or(DriverError::Gone))
-            }
+            done = work => done,
+            _ = lost => Err(self.reachable().err().unwrap_or_else(|| self.was_lost())),
         }
+    }
+
+    fn not_done(&self, deed: Deed) -> DriverError {
+        let (name, seconds) = (&self.profile.name, longest(deed).as_secs());
+        DriverError::TimedOut(format!(
+            "host '{name}' has not done it within {seconds} s; its outcome is told when seen"
+        ))
+    }
+
+    fn was_lost(&self) -> DriverError {
+        let name = &self.profile.name;
+        let text =
+            format!("host '{name}' was lost meanwhile, and is back; look what it has done, and ask again if need be");
+        DriverError::Unreachable(text)
+    }
+
+    /// What a machine is now.
+    async fn takes_picture(&self, key: &Key) -> Result<(Asked, Option<Picture>), DriverError> {
+        let asked = lock(&self.machines).asking();
+        let mut seen = self.in_time(self.remote.pictures(Which::One(key))).await?;
+        Ok((asked, seen.pop()))
     }
 
     /// Waits until a machine is as wanted; `None` if it has gone.
@@ -73,11 +98,10 @@ impl<R: Remote> Inner<R> {
         &self,
         key: &Key,
         wanted: impl Fn(&Picture) -> bool + Send + Sync,
-    ) -> Result<Option<Picture>, DriverError> {
+    ) -> Result<(Asked, Option<Picture>), DriverError> {
         loop {
-            let seen = self.in_time(self.remote.pictures(Which::One(key))).await?.pop();
-            match seen {
-                Some(picture) if picture.run == Run::Between || !wanted(&picture) => tokio::time::sleep(LOOKS).await,
+            match self.takes_picture(key).await? {
+                (_, Some(picture)) if !wanted(&picture) => tokio::time::sleep(LOOKS).await,
                 seen => return Ok(seen),
             }
         }

@@ -19,12 +19,12 @@ use crate::stored::StoredDef;
 use crate::time::now_usec;
 use crate::verb::{self, Hosted, Verb};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::driver::inventory::{Adopted, Key};
-use virt_model::driver::{Condition, EventStream};
+use virt_model::driver::{Condition, DriverError, EventStream};
 use virt_model::state::{Defined, DomainState, Lifecycle, Started, StateReason, Stopped, Suspended, Undefined};
 
 /// Where a machine of another host is.
@@ -32,6 +32,15 @@ pub(crate) struct AtHost {
     pub host: Arc<OtherHost>,
     /// By what the host knows it.
     pub key: Key,
+    /// What was last given to be kept of it.
+    kept: Mutex<Option<(Arc<StoredDef>, HostedNote)>>,
+}
+
+impl AtHost {
+    /// On that host, by that key.
+    pub fn new(host: Arc<OtherHost>, key: Key) -> AtHost {
+        AtHost { host, key, kept: Mutex::default() }
+    }
 }
 
 /// A machine of another host that is to be a domain here.
@@ -114,11 +123,21 @@ impl Domain {
             // What a host has been asked for is not taken back.
             job.past_return();
             domain.is_launched(true, job.cancel_token())?;
-            let Some(AtHost { host, key }) = &domain.hosted else { return Err(domain.vanished()) };
+            let Some(AtHost { host, key, .. }) = &domain.hosted else { return Err(domain.vanished()) };
             let (events, reports) = virt_model::driver::reports();
             let started = host.inventory()?.start(key, events).await;
             let adopted = started.map_err(|e| Error::from_driver(&domain.name(), verb::START.word, e))?;
-            domain.runs_at_host(adopted, reports, StateReason::Booted)
+            // Whoever wants no guest was told that none comes of this.
+            let Err(cancelled) = domain.is_still_wanted(job.cancel_token()) else {
+                return domain.runs_at_host(adopted, reports, StateReason::Booted);
+            };
+            match adopted.instance.destroy(false).await {
+                Ok(()) | Err(DriverError::Gone) => Err(cancelled),
+                Err(e) => {
+                    domain.runs_at_host(adopted, reports, StateReason::Booted)?;
+                    Err(Error::from_driver(&domain.name(), verb::DESTROY.word, e))
+                }
+            }
         }))
     }
 
@@ -155,6 +174,10 @@ impl Domain {
             if state.guest.is_some() {
                 refused = true;
                 return Vec::new();
+            }
+            if reason == StateReason::External {
+                // Its host has just told it.
+                state.unreachable_since = None;
             }
             let news = state.finds_at_host(condition, reason);
             Arc::make_mut(&mut guest.live).name.clone_from(&state.name);
@@ -222,20 +245,22 @@ impl Domain {
         });
     }
 
-    /// Its host has told all that runs: a guest that was known from before, and is not among it, has ended.
+    /// Its host answers, and has told all that runs: a guest that was known from before, and is not among it, has ended.
     pub(crate) fn all_of_host_told(&self) {
-        if lock(&self.state).sought.is_some() {
-            self.commit_report(|state| {
-                state.has_ended(StateReason::Shutdown, now_usec());
-                vec![Lifecycle::Stopped(Stopped::Shutdown)]
-            });
-        }
+        self.commit_report(|state| {
+            state.unreachable_since = None;
+            if state.sought.is_none() {
+                return Vec::new();
+            }
+            state.has_ended(StateReason::Shutdown, now_usec());
+            vec![Lifecycle::Stopped(Stopped::Shutdown)]
+        });
     }
 
-    /// Its host answers, or does not, since then. What it is and does stays as it was last seen.
-    pub(crate) fn is_reachable(&self, unreachable_since: Option<u64>) {
+    /// Its host does not answer, since then. What it is and does stays as it was last seen.
+    pub(crate) fn is_unreachable(&self, since_usec: u64) {
         self.commit_report(|state| {
-            state.unreachable_since = unreachable_since;
+            state.unreachable_since = Some(since_usec);
             Vec::new()
         });
     }
@@ -247,12 +272,18 @@ impl Domain {
 
     /// Has what is known of it kept for the time in which its host does not answer.
     pub(super) fn keep_for_host(&self, state: &State) {
-        let Some(AtHost { host, key }) = &self.hosted else { return };
+        let Some(AtHost { host, key, kept }) = &self.hosted else { return };
         host.keep(match &state.stored {
             Some(stored) if !state.gone => {
                 let (key, name) = (key.to_string(), state.host_name.clone());
                 let (now, reason, since_usec) = (state.state, state.reason, state.since_usec);
                 let note = HostedNote { key, name, state: now, reason, since_usec };
+                let mut kept = lock(kept);
+                // That its host answers, or does not, is not kept.
+                if kept.as_ref().is_some_and(|(known, was)| Arc::ptr_eq(known, stored) && *was == note) {
+                    return;
+                }
+                *kept = Some((stored.clone(), note.clone()));
                 HostedChange::Is(self.uuid, stored.text(), note)
             }
             _ => HostedChange::Gone(self.uuid),

@@ -136,8 +136,7 @@ impl Domain {
     pub(super) fn is_launched(&self, launched: bool, cancel: &CancellationToken) -> Result<()> {
         let unwanted = {
             let mut state = lock(&self.state);
-            let unwanted =
-                cancel.is_cancelled() || state.starting.as_ref().is_some_and(|start| start.cancel.is_cancelled());
+            let unwanted = state.wants_no_start(cancel);
             if let Some(starting) = state.starting.as_mut() {
                 starting.launched = launched && !unwanted;
             }
@@ -145,6 +144,12 @@ impl Domain {
         };
         self.changes.send_modify(|n| *n += 1);
         if launched && unwanted { Err(self.start_cancelled()) } else { Ok(()) }
+    }
+
+    /// Error: nobody wants the guest any more that is there now. Until the start has ended it counts as on its way.
+    pub(super) fn is_still_wanted(&self, cancel: &CancellationToken) -> Result<()> {
+        let unwanted = lock(&self.state).wants_no_start(cancel);
+        if unwanted { Err(self.start_cancelled()) } else { Ok(()) }
     }
 
     fn start_cancelled(&self) -> Error {
@@ -396,6 +401,11 @@ impl State {
     pub(super) fn may_get_a_guest(&self) -> bool {
         let launched = self.starting.as_ref().is_some_and(|starting| starting.launched);
         launched || self.sought.as_ref().is_some_and(|sought| sought.why.is_none())
+    }
+
+    /// Whether somebody has cancelled the start that is under way, or that of which it is a part.
+    fn wants_no_start(&self, cancel: &CancellationToken) -> bool {
+        cancel.is_cancelled() || self.starting.as_ref().is_some_and(|start| start.cancel.is_cancelled())
     }
 
     /// Whether guest `id` is (still) this domain's.

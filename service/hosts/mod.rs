@@ -5,6 +5,7 @@
 
 mod follow;
 mod identity;
+mod keep;
 
 use crate::Service;
 use crate::authz::{Action, Caller, Subject};
@@ -16,17 +17,20 @@ use crate::frames::{self, Changeable};
 use crate::lock::lock;
 use crate::object::{ObjectKind, ObjectRef};
 use crate::shared::Shared;
-use crate::store::{HostedChange, on_disk};
+use crate::store::{Documents, FoundDocument, HostedChange, HostedNote, on_disk};
 use crate::time::now_usec;
 use crate::turn::Turn;
 use crate::verb::{self, Verb};
+use follow::Follower;
+use keep::Keeper;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 use virt_model::driver::inventory::{Ability, Inventory};
 use virt_model::driver::{Driver, DriverError};
-use virt_model::xml::shorten;
+use virt_model::xml::{plainly, shorten};
 
 /// A host, as long as virtd runs.
 pub struct OtherHost {
@@ -37,18 +41,13 @@ pub struct OtherHost {
     /// As last published.
     facts: Mutex<Arc<HostFacts>>,
     /// Who writes down what was seen.
-    keeper: mpsc::UnboundedSender<Keep>,
+    keeper: Keeper,
     /// Asks its follower to say when all is told that was reported before.
     asks: mpsc::UnboundedSender<oneshot::Sender<()>>,
 }
 
-/// What is written down of a host's machines.
-enum Keep {
-    /// This.
-    Change(HostedChange),
-    /// Nothing; it is to be said when all before it is.
-    AllBefore(oneshot::Sender<()>),
-}
+/// How long virtd's end waits for what was seen of all hosts to be written down.
+const KEPT: Duration = Duration::from_secs(10);
 
 /// All hosts.
 pub(crate) struct Hosts(BTreeMap<Arc<str>, Arc<OtherHost>>);
@@ -61,14 +60,12 @@ impl Hosts {
         let mut followers = Vec::new();
         for driver in drivers {
             let Some(profile) = driver.inventory().map(|inventory| inventory.profile().clone()) else { continue };
-            let (on, folder) = (shared.clone(), profile.name.clone());
-            let documents = on_disk(move || on.store.hosted(&folder)).await?;
-            let (keeper, changes) = mpsc::unbounded_channel();
+            let found = found(shared, &profile.name).await;
             let (asks, asked) = mpsc::unbounded_channel();
-            let host = OtherHost::new(shared, driver, keeper, asks)?;
-            let (follower, wait) = follow::Follower::new(shared, domains, &host, &documents).await?;
+            let documents = found.as_ref().ok().map(|(documents, _)| documents.clone());
+            let host = OtherHost::new(shared, driver, Keeper::of(documents), asks)?;
+            let (follower, wait) = Follower::new(shared, domains, &host, found.map(|(_, found)| found));
             host.tell(|_| ());
-            tokio::spawn(follow::keep(documents, changes));
             all.insert(host.name.clone(), host);
             followers.push((follower, asked, wait, profile.connect_wait));
         }
@@ -91,16 +88,26 @@ impl Hosts {
 }
 
 impl Hosts {
-    /// Waits until what was seen is written down.
+    /// Waits until what was seen is written down, for a while.
     pub async fn close(&self) {
+        let until = Instant::now() + KEPT;
         for host in self.0.values() {
-            let (ask, kept) = oneshot::channel();
-            if host.keeper.send(Keep::AllBefore(ask)).is_ok() {
-                // No answer: it is not written down any more.
-                let _ = kept.await;
+            if timeout_at(until, host.keeper.all_kept()).await.is_err() {
+                tracing::warn!(host = %host.name, "the disk is too slow for what was last seen of a host: some of it is not kept");
             }
         }
     }
+}
+
+/// Where that is written down which is seen of a host, and what is there.
+async fn found(shared: &Arc<Shared>, host: &str) -> Result<(Documents, Vec<FoundDocument<HostedNote>>)> {
+    let (on, host) = (shared.clone(), host.to_owned());
+    on_disk(move || {
+        let documents = on.store.hosted(&host)?;
+        let found = documents.load::<HostedNote>()?;
+        Ok((documents, found))
+    })
+    .await
 }
 
 /// What is kept of hosts that are not configured any more goes.
@@ -117,7 +124,6 @@ async fn forget_others(shared: &Arc<Shared>, configured: Vec<String>) -> Result<
 
 impl Service {
     /// Publishes the machines of other hosts, too, and follows those. To be called once, before anybody is on the bus.
-    /// Error: `StorageFailed` if there is no folder for what is seen of them.
     pub async fn follow_other_hosts(&self, drivers: Vec<Arc<dyn Driver>>) -> Result<()> {
         let hosts = Hosts::open(&self.shared, &self.domains, drivers).await?;
         let _ = self.hosts.set(hosts);
@@ -143,7 +149,7 @@ impl OtherHost {
     fn new(
         shared: &Arc<Shared>,
         driver: Arc<dyn Driver>,
-        keeper: mpsc::UnboundedSender<Keep>,
+        keeper: Keeper,
         asks: mpsc::UnboundedSender<oneshot::Sender<()>>,
     ) -> Result<Arc<OtherHost>> {
         let inventory = driver.inventory().ok_or_else(|| no_inventory(&*driver))?;
@@ -200,8 +206,7 @@ impl OtherHost {
 
     /// Has something kept of a machine of it.
     pub(crate) fn keep(&self, change: HostedChange) {
-        // Who keeps it goes with virtd.
-        let _ = self.keeper.send(Keep::Change(change));
+        self.keeper.keep(change);
     }
 
     /// Asks again now a host that is lost, or one that is there what it has. Returns when it is asked.
@@ -246,12 +251,20 @@ impl OtherHost {
                 (facts.state, facts.since_usec) = (state, since_usec);
             }
             since = facts.since_usec;
-            facts.error = error;
-            facts.version = version.unwrap_or_else(|| facts.version.clone());
+            facts.error = fit(&error);
+            facts.version = version.map_or_else(|| facts.version.clone(), |version| fit(&version));
             facts.abilities = self.abilities().iter().map(|ability| ability.as_str()).collect();
         });
         since
     }
+}
+
+/// A text that came from a host, fit to be shown: what is deceptive is written out, and it is not too long.
+fn fit(text: &str) -> String {
+    const LONGEST: usize = 500;
+    let shown: String = text.chars().take(LONGEST).collect();
+    let shown = plainly(&shown).into_owned();
+    if text.chars().nth(LONGEST).is_some() { shown + "…" } else { shown }
 }
 
 fn no_inventory(driver: &dyn Driver) -> Error {

@@ -64,6 +64,15 @@ pub(crate) enum HostedChange {
     Gone(Uuid),
 }
 
+impl HostedChange {
+    /// Of which machine.
+    pub fn uuid(&self) -> Uuid {
+        match self {
+            HostedChange::Is(uuid, ..) | HostedChange::Gone(uuid) => *uuid,
+        }
+    }
+}
+
 impl Documents {
     /// Keeps a change. Blocks.
     pub fn keep_hosted(&self, change: HostedChange) -> Result<()> {

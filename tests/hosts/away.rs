@@ -83,11 +83,16 @@ pub async fn back(bed: Box<dyn Bed>) {
     let (mut house, web) = lab(&*bed, folder.path()).await;
     let gone = bed.make(Uuid::from_u128(9), "gone");
     house.client.until("gone: defined added").await;
+    let moved = bed.make(Uuid::from_u128(11), "moved");
+    house.client.until("moved: defined added").await;
     bed.line(Line::Cut);
     is_lost(&mut house).await;
     bed.act(&web, Act::Pause);
     bed.act(&gone, Act::Delete);
     bed.make(Uuid::from_u128(10), "new");
+    // The same machine, by another key.
+    bed.act(&moved, Act::Delete);
+    bed.make(Uuid::from_u128(11), "moved");
     bed.line(Line::Back);
     let client = &mut house.client;
     client.call(HOST, "org.virt.Host.Reconnect", &()).await.expect("asked");
@@ -96,7 +101,13 @@ pub async fn back(bed: Box<dyn Bed>) {
     client.call(HOST, "org.virt.Host.Refresh", &()).await.expect("looked");
     let mut told = [told, client.events()].concat();
     told.sort();
-    assert_eq!(told, ["gone: undefined removed", "new: defined added", "web: suspended paused"]);
+    let of_moved = ["moved: defined added", "moved: undefined removed"];
+    assert_eq!(
+        told,
+        [&["gone: undefined removed"][..], &of_moved, &["new: defined added", "web: suspended paused"]].concat()
+    );
+    let path = client.named("moved").await;
+    assert_eq!(client.property::<String>(&path, "org.virt.Domain", "UUID").await, Uuid::from_u128(11).to_string());
     let path = client.named("web").await;
     assert_eq!(client.state(&path).await, ("paused".to_owned(), "external".to_owned()));
     assert!(client.property::<bool>(&path, "org.virt.Domain", "Reachable").await);
@@ -155,4 +166,17 @@ pub async fn virtd_ends_in_a_verb(bed: Box<dyn Bed>) {
     client.run(&path, "Start").await.expect("started");
     assert_eq!(client.state(&path).await.0, "running");
     client.run(&path, "Destroy").await.expect("destroyed");
+}
+
+pub async fn nowhere_to_keep(bed: Box<dyn Bed>) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let state = folder.path().join("state");
+    std::fs::create_dir(&state).expect("a folder");
+    std::fs::write(state.join("hosts"), "").expect("a file where the folder should be");
+    bed.make(Uuid::from_u128(7), "web");
+    let mut house = House::on(&*bed, folder.path()).await;
+    assert_eq!(house.client.names(none()).await, ["web"]);
+    let problems: Vec<String> = house.client.property(HOST, "org.virt.Host", "Problems").await;
+    assert!(problems.len() == 1 && problems[0].contains("is not kept"), "{problems:?}");
+    house.close().await;
 }

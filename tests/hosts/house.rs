@@ -31,16 +31,21 @@ pub fn profile(name: &str) -> HostProfile {
 
 /// Says yes, and notes what it was asked.
 #[derive(Default)]
-struct Notary(Mutex<Vec<(Action, Subject)>>);
+struct Notary {
+    asked: Mutex<Vec<(Action, Subject)>>,
+    /// What it was asked about without anybody being asked.
+    considered: Mutex<Vec<(Action, Subject)>>,
+}
 
 #[async_trait]
 impl Authority for Notary {
     async fn check(&self, _: &Caller, action: Action, subject: &Subject) -> Result<(), Error> {
-        self.0.lock().unwrap().push((action, subject.clone()));
+        self.asked.lock().unwrap().push((action, subject.clone()));
         Ok(())
     }
 
-    async fn can(&self, _: &Caller, _: Action, _: &Subject) -> Answer {
+    async fn can(&self, _: &Caller, action: Action, subject: &Subject) -> Answer {
+        self.considered.lock().unwrap().push((action, subject.clone()));
         Answer::Yes
     }
 }
@@ -98,7 +103,12 @@ impl House {
 
     /// What the authority was last asked.
     pub fn asked(&self) -> (Action, Subject) {
-        self.notary.0.lock().unwrap().last().cloned().expect("a question")
+        self.notary.asked.lock().unwrap().last().cloned().expect("a question")
+    }
+
+    /// What the authority was last asked about without anybody being asked.
+    pub fn considered(&self) -> (Action, Subject) {
+        self.notary.considered.lock().unwrap().last().cloned().expect("a question")
     }
 }
 

@@ -62,9 +62,12 @@ cases! {
     #[needs("start")] foreign::during_a_verb = "what others do while a verb is at a machine is told as theirs, and what the verb did once";
     names::twins = "machines of one name or uuid are told apart, on one host, two hosts, and against our own";
     names::many = "a thousand machines are there when virtd is";
+    #[needs("start")] names::refused_then_shown = "a machine that has no name left here is a problem, and is shown as it is when one is free";
+    names::deceptive = "a name that looks like another is written out";
     away::hangs = "a host that hangs keeps neither reads nor other hosts waiting";
     #[needs("start", "suspend")] away::lost = "of a host that is lost all stays, as unknown, and what is asked of it is refused at once";
     #[needs("start", "suspend")] away::back = "of a host that is back what is otherwise is told";
     #[needs("start")] away::at_start = "a host that is away when virtd starts keeps nobody waiting, and is shown as it was";
+    away::nowhere_to_keep = "a host of which nothing can be kept is shown all the same, with a problem";
     #[needs("start")] away::virtd_ends_in_a_verb = "a verb that virtd's end cuts off is what is seen afterwards";
 }

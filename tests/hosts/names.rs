@@ -1,10 +1,13 @@
 //! What machines are called here, and that many are no matter.
 
-use crate::beds::{Act, Bed};
+use crate::beds::{Act, Bed, Line};
 use crate::house::{House, none, profile};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
+use zbus::OwnedObjectPath;
+
+const HOST: &str = "/org/virt/host/lab";
 
 pub async fn twins(bed: Box<dyn Bed>) {
     let (folder, other) = (tempfile::tempdir().expect("a folder"), bed.another());
@@ -60,4 +63,43 @@ pub async fn many(bed: Box<dyn Bed>) {
     let mut house = House::with(vec![bed.driver(profile)], folder.path()).await;
     assert_eq!(house.client.names(none()).await.len(), 1000);
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+}
+
+pub async fn refused_then_shown(bed: Box<dyn Bed>) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut house = House::on(&*bed, folder.path()).await;
+    let client = &mut house.client;
+    bed.line(Line::Cut);
+    client.until_is(HOST, "org.virt.Host", "State", "unreachable").await;
+    let key = bed.make(Uuid::from_u128(7), "web");
+    bed.act(&key, Act::Start);
+    let mut own = Vec::new();
+    for name in ["web".to_owned(), "web@lab".into(), format!("web@lab ({})", key.0)] {
+        let document =
+            format!("<domain type='test'><name>{name}</name><memory>1024</memory><os><type>hvm</type></os></domain>");
+        let defined = client.call("/org/virt", "org.virt.Manager.DefineDomain", &(document, none())).await;
+        own.push(defined.expect("defined").body().deserialize::<OwnedObjectPath>().expect("a path").to_string());
+    }
+    bed.line(Line::Back);
+    client.call(HOST, "org.virt.Host.Reconnect", &()).await.expect("asked");
+    client.until_is(HOST, "org.virt.Host", "State", "connected").await;
+    client.call(HOST, "org.virt.Host.Refresh", &()).await.expect("looked");
+    let problems: Vec<String> = client.property(HOST, "org.virt.Host", "Problems").await;
+    assert!(problems.len() == 1 && problems[0].contains("'web'"), "{problems:?}");
+    client.run(&own[0], "Undefine").await.expect("undefined");
+    client.events();
+    client.call(HOST, "org.virt.Host.Refresh", &()).await.expect("looked");
+    assert_eq!(client.events(), ["web: defined added", "web: started booted"]);
+    let path = client.named("web").await;
+    assert_eq!(client.state(&path).await, ("running".to_owned(), "external".to_owned()));
+    assert_eq!(client.property::<Vec<String>>(HOST, "org.virt.Host", "Problems").await, Vec::<String>::new());
+    client.run(&path, "Destroy").await.expect("it is followed");
+    assert_eq!(client.events(), ["web: stopped destroyed"]);
+}
+
+pub async fn deceptive(bed: Box<dyn Bed>) {
+    let folder = tempfile::tempdir().expect("a folder");
+    bed.make(Uuid::from_u128(7), "we\u{200b}b");
+    let mut house = House::on(&*bed, folder.path()).await;
+    assert_eq!(house.client.names(none()).await, ["we\\u{200b}b@lab"]);
 }

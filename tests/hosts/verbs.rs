@@ -181,6 +181,11 @@ pub async fn permission(bed: Box<dyn Bed>) {
     let details = ["driver", "host", "domain_name", "domain_uuid"].map(|key| subject.detail(key).to_owned());
     let driver: String = house.client.property(&path, "org.virt.Domain", "Driver").await;
     assert_eq!(details, [driver, "lab".to_owned(), "web".to_owned(), Uuid::from_u128(7).to_string()]);
+    // What is allowed there is no permission to have files of this host looked at.
+    let xml: String = house.client.run(&path, "GetXML").await.expect("a document").body().deserialize().expect("s");
+    house.client.call("/org/virt", "org.virt.Manager.ValidateDomain", &(xml, none())).await.expect("findings");
+    let (action, subject) = house.considered();
+    assert_eq!((action, subject.detail("domain_name"), subject.detail("host")), (Action::Define, "web", ""));
     for method in ["Reconnect", "Refresh"] {
         house.client.call("/org/virt/host/lab", &format!("org.virt.Host.{method}"), &()).await.expect(method);
         let (action, subject) = house.asked();
