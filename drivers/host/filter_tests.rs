@@ -136,6 +136,14 @@ fn another_filter_takes_its_place(clean: &Card, beside: &Card) {
     change("clean", Some(&plan(FilterName::CleanTraffic))).unwrap();
 }
 
+/// Waits until a card that is dropped has gone.
+fn is_gone(card: &str) {
+    // A thread that makes a process has copies of what is open, until it ends; nothing tells of that.
+    while Path::new("/sys/class/net").join(card).exists() {
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn what_is_false_stays_out_and_what_is_right_passes() {
     if !is_inside("host::filter::tests::what_is_false_stays_out_and_what_is_right_passes") {
@@ -172,10 +180,7 @@ fn what_is_false_stays_out_and_what_is_right_passes() {
     another_filter_takes_its_place(&clean, &beside);
     assert_eq!(passed(&only, &beside, &own), [false, true], "that of the other card stays");
     drop(clean);
-    // A thread that makes a process has copies of what is open, until it ends; nothing tells of that.
-    while Path::new("/sys/class/net/clean").exists() {
-        std::thread::yield_now();
-    }
+    is_gone("clean");
     let anew = Card::new("clean", None);
     let false_now = [packet(OTHER, OURS, THERE, HERE, TCP), right.clone()];
     assert_eq!(passed(&anew, &beside, &false_now), [true, true]);

@@ -3,16 +3,22 @@
 //! It has made one, or ended it, when what tells it so returns; what comes below a port comes later, as any device does.
 
 use super::read::{Reader, entries};
-use super::{Host, LinuxDevices};
+use super::{Host, LinuxDevices, claim_of};
 use crate::host::workers::blocking;
 use crate::qemu::Claims;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::time::timeout;
 use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::DeviceNews;
 use virt_model::nodedev::{NewDevice, NodeDevice, WideNames};
+
+/// Tells the kernel by a file of its own, which is there or is not: nobody makes any in sysfs.
+pub(super) fn write(file: &Path, text: &str) -> io::Result<()> {
+    File::options().write(true).open(file)?.write_all(text.as_bytes())
+}
 
 /// What the kernel is told, and by which of its files.
 struct Order {
@@ -101,7 +107,9 @@ impl LinuxDevices {
         new: &NewDevice,
     ) -> Result<(Arc<str>, Vec<DeviceNews>), DriverError> {
         let (folder, host, write, new) = (self.folder_of(parent)?, self.host.clone(), self.write, new.clone());
+        let (claims, claimed, maker) = (self.claims.clone(), claim_of(parent), parent.name.clone());
         let work = blocking(move || {
+            let _held = claims.hold(format!("virtd, which makes a device of {maker}"), &[claimed])?;
             Order::to_make(&host, &folder, &new).give(write)?;
             made(&host, &folder, &new).ok_or_else(|| {
                 let why = "the kernel was told to make it, and shows none; what it says of that is in dmesg";
@@ -121,7 +129,10 @@ impl LinuxDevices {
         let (own, device, name) = (folder.clone(), device.clone(), device.name.clone());
         let work = blocking(move || {
             let group = device.group().map(|group| Claims::group(&group.to_string()));
-            let _held = claims.hold(format!("virtd, which ends {name}"), group.as_slice())?;
+            let claimed: Vec<String> = group.into_iter().chain([claim_of(&device)]).collect();
+            let _held = claims.hold(format!("virtd, which ends {name}"), &claimed)?;
+            // The kernel would ask who has it open to let go, and wait for that without a limit.
+            device.group().map_or(Ok(()), |group| host.refuse_open(&group.to_string()))?;
             let order = Order::to_end(&host, &folder, &device);
             order.ok_or_else(|| DriverError::Internal(format!("{name} is no device that was made")))?.give(write)?;
             match Reader::of(&host).device(&folder) {

@@ -43,6 +43,8 @@ pub struct Host {
     lists: Vec<PathBuf>,
     /// Where the files of IOMMU groups are.
     vfio: PathBuf,
+    /// Whether a process has the file of one open.
+    is_open: fn(&Path) -> bool,
 }
 
 impl Host {
@@ -54,11 +56,22 @@ impl Host {
             udev: PathBuf::from("/run/udev"),
             lists: ["/usr/share/hwdata", "/usr/share/misc"].map(PathBuf::from).into(),
             vfio: PathBuf::from(VFIO_NODES),
+            is_open,
         }
     }
 
     fn below_sys(&self, folder: &Path) -> PathBuf {
         self.sys.join(folder.strip_prefix("/").unwrap_or(folder))
+    }
+
+    /// Refuses an IOMMU group that a process has open. Blocks.
+    fn refuse_open(&self, group: &str) -> Result<(), DriverError> {
+        let file = self.vfio.join(group);
+        if !(self.is_open)(&file) {
+            return Ok(());
+        }
+        let text = format!("a process has {0} open; end it first (fuser {0} tells which it is)", file.display());
+        Err(DriverError::Refused(text))
     }
 
     /// Whether udev sends on what the kernel says, when it has done its part.
@@ -96,7 +109,7 @@ impl LinuxDevices {
             takes,
             most: MOST,
             patience: PATIENCE,
-            write: |path, text| std::fs::write(path, text),
+            write: made::write,
             inventory: Mutex::default(),
         })
     }
@@ -131,7 +144,7 @@ impl LinuxDevices {
             (self.pci.clone(), self.claims.clone(), address.to_string(), what.to_owned());
         let group = group.as_ref().map(|group| group.number.to_string());
         let functions: Vec<String> = functions.0.iter().map(ToString::to_string).collect();
-        let own = format!("PCI device {address}");
+        let own = claim_of(device);
         let late = format!(
             "the kernel has not done with {own} within {} s, and goes on with it: nobody has it before that ends (dmesg \
              says what it waits for)",
@@ -147,18 +160,22 @@ impl LinuxDevices {
     }
 }
 
+/// Who works with a device claims it by that, beside the IOMMU groups that guests have.
+fn claim_of(device: &NodeDevice) -> String {
+    match device.pci() {
+        Some(pci) => format!("PCI device {}", pci.address),
+        None => format!("node device {}", device.name),
+    }
+}
+
 /// Work that a process would keep waiting, or notice, which has the device and is no guest of ours: not while it has.
-/// `vfio`: where the files of IOMMU groups are.
 fn unless_open(
-    vfio: PathBuf,
+    host: Host,
     work: impl FnOnce(&Pci, &str) -> io::Result<()> + Send + 'static,
 ) -> impl FnOnce(&Pci, &str) -> Result<(), DriverError> + Send + 'static {
     move |pci: &Pci, address: &str| {
         let group = pci.group(address).filter(|_| pci.driver(address).as_deref() == Some(VFIO));
-        if let Some(file) = group.map(|group| vfio.join(group)).filter(|file| is_open(file)) {
-            let text = format!("a process has {0} open; end it first (fuser {0} tells which it is)", file.display());
-            return Err(DriverError::Refused(text));
-        }
+        group.map_or(Ok(()), |group| host.refuse_open(&group))?;
         work(pci, address).map_err(|error| failed(address, &error))
     }
 }
@@ -240,7 +257,7 @@ impl HostDevices for LinuxDevices {
 
     async fn reattach(&self, device: &NodeDevice, before: Option<&DetachedDevice>) -> Result<(), DriverError> {
         let driven = before.is_none_or(|before| before.driver.is_some());
-        let work = unless_open(self.host.vfio.clone(), move |pci, address| pci.give_back(address, driven));
+        let work = unless_open(self.host.clone(), move |pci, address| pci.give_back(address, driven));
         self.hold(device, "reattaches", work).await
     }
 
@@ -253,7 +270,7 @@ impl HostDevices for LinuxDevices {
     }
 
     async fn reset(&self, device: &NodeDevice) -> Result<(), DriverError> {
-        let work = unless_open(self.host.vfio.clone(), |pci, address| pci.reset(address));
+        let work = unless_open(self.host.clone(), |pci, address| pci.reset(address));
         self.hold(device, "resets", work).await
     }
 }

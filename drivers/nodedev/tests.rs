@@ -25,7 +25,14 @@ impl Fake {
             fs::create_dir_all(at(name)).unwrap();
         }
         let (sys, proc, udev) = (at("sys"), at("proc"), at("udev"));
-        let host = Host { sys, proc, udev, lists: vec![at("lists")], vfio: at("vfio") };
+        let host = Host {
+            sys,
+            proc,
+            udev,
+            lists: vec![at("lists")],
+            vfio: at("vfio"),
+            is_open: |group| fs::metadata(group).is_ok(),
+        };
         Fake { folder, host }
     }
 
@@ -306,6 +313,16 @@ async fn a_mediated_device_and_a_virtual_port_are_made_and_ended() {
     let made = devices.read(&name).await.unwrap().expect("it is known");
     assert!(made.is_made() && made.document().contains("<type id='t-1'/>"), "{}", made.document());
     assert_eq!(told(&devices.look_again(&ALL)), ["system computer < -"], "what the kernel tells of it is known");
+    fake.link(
+        &fake.host.sys.join("devices/pci0000:00/0000:00:03.0").join(uuid.to_string()).join("iommu_group"),
+        "groups/12",
+    );
+    let made = devices.read(&name).await.unwrap().expect("it is in a group now");
+    fs::create_dir(&fake.host.vfio).unwrap();
+    fs::write(fake.host.vfio.join("12"), "").unwrap();
+    let DriverError::Refused(why) = devices.end(&made).await.unwrap_err() else { panic!() };
+    assert!(why.contains("a process has") && why.contains("vfio/12 open"), "{why}");
+    fs::remove_file(fake.host.vfio.join("12")).unwrap();
     assert_eq!(told(&devices.end(&made).await.unwrap()), [format!("- {name}")]);
     assert!(devices.read(&name).await.unwrap().is_none());
     assert!(devices.end(&made).await.is_err(), "it has gone");
@@ -518,6 +535,37 @@ async fn a_card_is_detached_reset_and_reattached_unless_a_guest_has_it() {
     assert_eq!((now.detached(), now.driver.as_deref()), (false, Some("e1000e")));
     assert_eq!(devices.read("pci_0000_07_00_0").await.unwrap(), None);
     drop(fake.folder);
+}
+
+#[test]
+fn a_file_of_the_kernels_that_is_not_there_is_not_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("create");
+    assert_eq!(made::write(&file, "7").unwrap_err().kind(), io::ErrorKind::NotFound);
+    fs::write(&file, "").unwrap();
+    made::write(&file, "7").unwrap();
+    assert_eq!(fs::read_to_string(&file).unwrap(), "7");
+}
+
+#[tokio::test]
+async fn of_what_the_kernel_has_not_made_in_time_nothing_else_is_made_before_that_ends() {
+    let fake = with_all();
+    let devices = fake.devices();
+    let card = find(&devices.look_again(&ALL), "pci_0000_00_03_0");
+    // Whoever writes it waits until it is read.
+    let create = fake.host.sys.join("devices/pci0000:00/0000:00:03.0/mdev_supported_types/t-1/create");
+    nix::unistd::mkfifo(&create, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut devices = Arc::into_inner(devices).unwrap();
+    (devices.patience, devices.write) = (Duration::from_millis(10), made::write);
+    let uuid = uuid::Uuid::from_u128(7);
+    let mdev = NewDevice::Mdev { parent: card.name.to_string(), kind: "t-1".into(), uuid };
+    assert!(matches!(devices.make(&card, &mdev).await.unwrap_err(), DriverError::TimedOut(_)));
+    devices.patience = PATIENCE;
+    for refused in [devices.make(&card, &mdev).await.map(drop), devices.detach(&card).await] {
+        let DriverError::Refused(why) = refused.unwrap_err() else { panic!() };
+        assert_eq!(why, "PCI device 0000:00:03.0 is in use by virtd, which makes a device of pci_0000_00_03_0");
+    }
+    assert_eq!(fs::read_to_string(&create).unwrap(), uuid.to_string());
 }
 
 #[tokio::test]

@@ -26,8 +26,9 @@ and gone with it. A filter that looks at addresses is told them (`IP`, `IPV6`; `
 what a guest sends. While a machine runs, `UpdateDevice` gives a card another one in one step, and none where it says `<filterref/>`.
 
 The `<encryption>` of a TPM names a secret of type `vtpm` by its uuid, or one for nothing in particular. With its value the state is
-encrypted from its making on: a state that is there stays as it was made, so who adds the element, takes it out or sets
-another value removes the state, or finds that QEMU does not start.
+encrypted from its making on: a state that is there stays as it was made, so who adds the element or takes it out removes the state,
+or finds that QEMU does not start. While a machine names the secret so, its value is not replaced by another (`InUse`), and the memory
+of a snapshot whose TPM had another secret is not loaded.
 ";
 
 /// One element's line, or `None` if it is covered by the line of an element above.

@@ -441,7 +441,8 @@ impl Domain {
         }
     }
 
-    /// The guest is to be again as it was `before`, as far as it can be. Error: its hypervisor does not answer.
+    /// The guest is to be again as it was `before`, as far as it can be. Error: its hypervisor does not answer, or it cannot be said what
+    /// a card of it is held to; the rest is undone all the same.
     async fn undo(
         &self,
         guest: &Guest,
@@ -454,13 +455,13 @@ impl Domain {
             let mut has = before.clone();
             let back = self.driver.adjust(guest.instance.as_ref(), after, &mut has, &one.back()).await;
             let Err(error) = back else { continue };
-            let is_late = matches!(error, DriverError::TimedOut(_));
-            if !is_late && self.tells(one, has).await {
+            let is_undone_again = is_undone_again(one, &error);
+            if !is_undone_again && self.tells(one, has).await {
                 tracing::error!(uuid = %self.uuid, name = self.name(), %error, "a change of {one} cannot be undone");
                 continue;
             }
             tracing::error!(uuid = %self.uuid, name = self.name(), %error, "GetXML does not tell {one}");
-            if is_late {
+            if is_undone_again {
                 undone = Err(error);
             }
         }
@@ -541,6 +542,16 @@ impl Domain {
     }
 }
 
+/// Whether what could not be undone is to be undone again, before anything else is changed: a guest whose filter fails to come back could
+/// pass what it forbids. A card that has gone is held to nothing.
+fn is_undone_again(one: &Adjustment, error: &DriverError) -> bool {
+    match error {
+        DriverError::TimedOut(_) => true,
+        DriverError::Hypervisor(_) => matches!(one, Adjustment::Filter(_)),
+        _ => false,
+    }
+}
+
 /// Notes with the guest what is about to be changed on it, or that nothing is any more.
 async fn note(guest: &Guest, adjusting: Option<Adjusting>) -> Result<()> {
     let status = guest.status.clone();
@@ -606,4 +617,19 @@ fn no_balloon(name: &str) -> Error {
     Error::OperationUnsupported(format!(
         "domain '{name}' has no <memballoon>, by which its guest would give memory back"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filter_that_fails_to_come_back_is_not_forgotten() {
+        let (filter, link) = (Adjustment::Filter("net0".to_owned()), Adjustment::Link("net0".to_owned()));
+        let failed = DriverError::Hypervisor("nft does not take its filter".to_owned());
+        assert!(is_undone_again(&filter, &failed) && !is_undone_again(&link, &failed));
+        let late = DriverError::TimedOut("no answer".to_owned());
+        assert!(is_undone_again(&filter, &late) && is_undone_again(&link, &late));
+        assert!(!is_undone_again(&filter, &DriverError::Refused("its QEMU does not have it any more".to_owned())));
+    }
 }

@@ -229,36 +229,7 @@ impl DeviceChange {
                     disk.source.get_or_insert_default().startup_policy = Some(*startup);
                 }
             }
-            DeviceChange::Card { known, up, limits, filter, bridge } => {
-                let known = link::known_by(known, running);
-                let card = link::find_mut(def, &known)?;
-                if card.link_up() != *up {
-                    link::set_link(card, *up);
-                    what.push(Adjustment::Link(known.clone()));
-                }
-                if let Some(bridge) = bridge.as_ref().filter(|bridge| card.bridge() != Some(bridge)) {
-                    // The document may not say what kind of card it is of.
-                    if card.kind != InterfaceKind::Bridge {
-                        return Err(Error::OperationUnsupported(format!(
-                            "domain '{name}': network card '{}' is of type='{}', and in no bridge that could be another: only \
-                             cards of type='bridge' are",
-                            shorten(&known),
-                            card.kind
-                        )));
-                    }
-                    card.source.get_or_insert_default().bridge = Some(bridge.clone());
-                    what.push(Adjustment::Bridge(known.clone()));
-                }
-                if let Some(filter) = filter {
-                    card.filter.clone_from(filter);
-                    what.push(Adjustment::Filter(known.clone()));
-                }
-                if let Some(limits) = limits {
-                    let says = limits.inbound.is_some() || limits.outbound.is_some() || !limits.rest.is_empty();
-                    card.bandwidth = says.then(|| limits.clone());
-                    what.push(Adjustment::Bandwidth(known));
-                }
-            }
+            DeviceChange::Card { .. } => what = self.apply_to_card(def, running)?,
             DeviceChange::Display { kind, said } => {
                 let nth = def.devices.graphics.iter().position(|one| one.kind == *kind);
                 let nth = nth.ok_or_else(|| none("graphics"))?;
@@ -278,6 +249,44 @@ impl DeviceChange {
                 }
             }
         }
+        Ok(what)
+    }
+
+    /// Changes a card, and tells what the guest is to follow in, in that order: what is to be filtered is so before it can pass, and
+    /// is filtered until the last of the rest.
+    fn apply_to_card(&self, def: &mut DomainDef, running: Option<&DomainDef>) -> Result<Vec<Adjustment>> {
+        let DeviceChange::Card { known, up, limits, filter, bridge } = self else { return Ok(Vec::new()) };
+        let (name, known) = (def.name.clone(), link::known_by(known, running));
+        let card = link::find_mut(def, &known)?;
+        let filtered = filter.as_ref().map(|filter| (filter.is_some(), Adjustment::Filter(known.clone())));
+        let mut what = Vec::new();
+        what.extend(filtered.iter().filter(|(comes, _)| *comes).map(|(_, filtered)| filtered.clone()));
+        if card.link_up() != *up {
+            link::set_link(card, *up);
+            what.push(Adjustment::Link(known.clone()));
+        }
+        if let Some(bridge) = bridge.as_ref().filter(|bridge| card.bridge() != Some(bridge)) {
+            // The document may not say what kind of card it is of.
+            if card.kind != InterfaceKind::Bridge {
+                return Err(Error::OperationUnsupported(format!(
+                    "domain '{name}': network card '{}' is of type='{}', and in no bridge that could be another: only \
+                     cards of type='bridge' are",
+                    shorten(&known),
+                    card.kind
+                )));
+            }
+            card.source.get_or_insert_default().bridge = Some(bridge.clone());
+            what.push(Adjustment::Bridge(known.clone()));
+        }
+        if let Some(filter) = filter {
+            card.filter.clone_from(filter);
+        }
+        if let Some(limits) = limits {
+            let says = limits.inbound.is_some() || limits.outbound.is_some() || !limits.rest.is_empty();
+            card.bandwidth = says.then(|| limits.clone());
+            what.push(Adjustment::Bandwidth(known));
+        }
+        what.extend(filtered.filter(|(comes, _)| !comes).map(|(_, filtered)| filtered));
         Ok(what)
     }
 }
@@ -344,4 +353,44 @@ fn word<T: Value>(text: &str) -> Result<T> {
 /// Holds what a document has put in to the format.
 fn is_document(def: &DomainDef) -> Result<()> {
     DomainDef::from_kept_tree(def.tree()).map(drop).map_err(Error::ConfigInvalid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_passes_a_card_that_comes_up_or_is_plugged_elsewhere_before_it_is_filtered() {
+        let with = |filter: &str| {
+            let text = format!(
+                "<domain type='test'><name>web</name><memory>1024</memory><devices><interface type='bridge'><mac \
+                 address='52:54:00:00:00:07'/><source bridge='br0'/>{filter}<link state='down'/></interface></devices></domain>"
+            );
+            DomainDef::parse(&text).expect("a domain")
+        };
+        let order = |before: &str, said: &str| {
+            let mut def = with(before);
+            let card = format!(
+                "<interface type='bridge'><mac address='52:54:00:00:00:07'/><source bridge='br1'/>{said}<link state='up'/>\
+                 <bandwidth><inbound average='10'/></bandwidth></interface>"
+            );
+            let device = xml::read(&card, &[]).expect("an element");
+            let change = DeviceChange::read(&def, &device).expect("a change");
+            let what = change.apply(&mut def, true, None).expect("applied");
+            let is_filtered = def.devices.interfaces[0].filter.is_some();
+            let which = |one: &Adjustment| match one {
+                Adjustment::Filter(_) => 'f',
+                Adjustment::Link(_) => 'l',
+                Adjustment::Bridge(_) => 'b',
+                Adjustment::Bandwidth(_) => 'w',
+                other => panic!("{other}"),
+            };
+            (what.iter().map(which).collect::<String>(), is_filtered)
+        };
+        let clean = "<filterref filter='clean-traffic'/>";
+        assert_eq!(order("", clean), ("flbw".to_owned(), true));
+        assert_eq!(order("<filterref filter='no-mac-spoofing'/>", clean), ("flbw".to_owned(), true));
+        assert_eq!(order(clean, "<filterref/>"), ("lbwf".to_owned(), false), "it is lifted last");
+        assert_eq!(order(clean, ""), ("lbw".to_owned(), true));
+    }
 }

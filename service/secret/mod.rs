@@ -218,12 +218,35 @@ impl Secret {
             let text = format!("the value of secret '{}' would have more than {LARGEST_SECRET} bytes", self.key());
             return Err(Error::InvalidArgument(text));
         }
+        self.opens_no_state()?;
         let ephemeral = lock(&self.state).def.is_ephemeral();
         let kept = self.shared.host.secrets.keep(self.uuid, value, ephemeral, now_usec()).await;
         fail_point::reached();
         let kept = kept.map_err(|e| self.failed("set the value of", e))?;
         self.commit(vec![("value-changed", "")], |state| state.has_value(kept));
         Ok(())
+    }
+
+    /// Refuses another value where the one that is there opens the state of a TPM, which nothing else does.
+    fn opens_no_state(&self) -> Result<()> {
+        if lock(&self.state).value.is_none() {
+            return Ok(());
+        }
+        let opened: Vec<String> = self
+            .users()
+            .iter()
+            .filter(|user| user.place == "tpm")
+            .map(|user| self.shared.images.called(user))
+            .collect();
+        if opened.is_empty() {
+            return Ok(());
+        }
+        let text = format!(
+            "the value of secret '{}' opens the state of the TPM of {}, and another would not; take it out there first",
+            self.key(),
+            opened.join(", ")
+        );
+        Err(Error::InUse(text))
     }
 
     /// Its value, if that is not private.

@@ -167,6 +167,22 @@ async fn home_network(client: &Client) -> OwnedObjectPath {
     path
 }
 
+/// The guest alpha is given no more than so much, at the host's end of its card.
+async fn is_limited(daemon: &Daemon, alpha: &Domain, end: &str) {
+    let slower = "<interface type='network'><mac address='52:54:00:00:00:11'/><bandwidth><inbound average='1001'/>\
+        </bandwidth></interface>";
+    alpha.call("UpdateDevice", &(slower, options([("live", Variant::from(true))]))).await.expect("limited");
+    let class = daemon.inside("tc").args(["class", "show", "dev", end]).output().expect("tc");
+    assert!(String::from_utf8_lossy(&class.stdout).contains("rate 8008Kbit"), "{class:?}");
+}
+
+/// A screen is seen at the network's address.
+fn shows_its_screen(daemon: &Daemon) {
+    let says = "exec 3<>/dev/tcp/10.77.0.1/5900; head -c 3 <&3";
+    let screen = daemon.inside("timeout").args(["60", "bash", "-c", says]).output().expect("bash");
+    assert_eq!(String::from_utf8_lossy(&screen.stdout), "RFB", "{screen:?}");
+}
+
 #[tokio::test]
 async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
     if !have(&["nft", "dnsmasq", "ip", "python3"]) {
@@ -204,11 +220,7 @@ async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
     assert!(leased(alpha).await[0].starts_with("10.77.0.5"));
     let end = is_plugged_in(&daemon, alpha).await;
     is_plugged_in(&daemon, beta).await;
-    let slower = "<interface type='network'><mac address='52:54:00:00:00:11'/><bandwidth><inbound average='1001'/>\
-        </bandwidth></interface>";
-    alpha.call("UpdateDevice", &(slower, options([("live", Variant::from(true))]))).await.expect("limited");
-    let class = daemon.inside("tc").args(["class", "show", "dev", &end]).output().expect("tc");
-    assert!(String::from_utf8_lossy(&class.stdout).contains("rate 8008Kbit"), "{class:?}");
+    is_limited(&daemon, alpha, &end).await;
     let told = client.call(network, "org.freedesktop.DBus.Properties.Get", &("org.virt.Network", "Leases")).await;
     let told: OwnedVariant = told.expect("leases").body().deserialize().expect("a value");
     let leases = format!("{told:?}");
@@ -244,9 +256,7 @@ async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
         .expect("properties");
     assert_eq!(*properties["Active"], Variant::from(true));
     assert_eq!(filters(&daemon), 1);
-    let says = "exec 3<>/dev/tcp/10.77.0.1/5900; head -c 3 <&3";
-    let screen = daemon.inside("timeout").args(["60", "bash", "-c", says]).output().expect("bash");
-    assert_eq!(String::from_utf8_lossy(&screen.stdout), "RFB", "{screen:?}");
+    shows_its_screen(&daemon);
     let beta = client.named("beta").await.expect("it runs");
     beta.run("Destroy").await.expect("destroyed");
     beta.is_off().await;

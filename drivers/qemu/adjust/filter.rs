@@ -9,7 +9,8 @@ use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 
 /// Has the kernel hold the card that is known by that to the filter that `def` says, or to none. On failure it is held to what it was
-/// held to before: nftables takes all of it or nothing.
+/// held to before: nftables takes all of it or nothing. Where that was none, whoever undoes the change lifts it: here a filter that
+/// comes back would be taken away.
 pub async fn adjust(body: &Body, before: &DomainDef, def: &DomainDef, known: &str) -> Result<(), DriverError> {
     let (card, was) = (card_of(def, known)?, card_of(before, known)?);
     let device = device_of(body, card).await?;
@@ -22,7 +23,9 @@ pub async fn adjust(body: &Body, before: &DomainDef, def: &DomainDef, known: &st
     let filtered = blocking(move || {
         place.change_filter(&device, new.as_ref()).inspect_err(|_| {
             // One that is told too late may have been done.
-            if let Err(error) = place.change_filter(&device, old.as_ref()) {
+            if let Some(old) = &old
+                && let Err(error) = place.change_filter(&device, Some(old))
+            {
                 tracing::error!(%error, "'{device}' may have the filter that was refused");
             }
         })

@@ -9,6 +9,7 @@ use crate::verb;
 use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
+use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::{AbiDifference, Strictness};
 use virt_model::domain::cpu::Cpu;
@@ -140,7 +141,11 @@ impl Domain {
         let loads =
             machine.guest.is_some() && def.has_memory() && matches!(now, DomainState::Running | DomainState::Paused);
         let fits = differences.is_empty() && to.genid.is_none() && !options.reset_nvram && !options.respawn;
-        let in_place = loads && fits && def.memory == MemoryMode::Internal && same_disks(&machine.def, &to);
+        let same_parts = same_disks(&machine.def, &to) && same_tpm_keys(&machine.def, &to);
+        let in_place = loads && fits && def.memory == MemoryMode::Internal && same_parts;
+        if active.is_some() && def.has_memory() {
+            opens_its_tpm(name, &def, &machine.def, &to)?;
+        }
         let mut risks = Vec::new();
         if !options.respawn && machine.guest.is_some() && now != DomainState::Crashed {
             risks.extend((!differences.is_empty()).then_some(ABI_CHANGED));
@@ -333,6 +338,27 @@ fn same_disks(now: &DomainDef, to: &DomainDef) -> bool {
         all
     };
     sources(now) == sources(to)
+}
+
+/// Whether the states of its TPMs are encrypted with the same secrets, if with any.
+fn same_tpm_keys(now: &DomainDef, to: &DomainDef) -> bool {
+    let keys = |def: &DomainDef| -> Vec<Option<Uuid>> {
+        let tpms = def.devices.tpms.iter();
+        tpms.map(|tpm| tpm.backend.encryption.as_ref().map(|encryption| encryption.secret)).collect()
+    };
+    keys(now) == keys(to)
+}
+
+/// Refuses a snapshot that holds what its TPM had in memory, encrypted with another secret than the state that lies beside it now.
+fn opens_its_tpm(name: &str, def: &SnapshotDef, now: &DomainDef, to: &DomainDef) -> Result<()> {
+    let has_state = def.captured.iter().any(|(part, _)| part == "tpm");
+    if has_state || now.devices.tpms.is_empty() || same_tpm_keys(now, to) {
+        return Ok(());
+    }
+    Err(Error::OperationInvalid(format!(
+        "'{name}' holds memory of its TPM, whose state is encrypted with another secret now, or was: define the domain with the \
+         <encryption> that it had then, and put back the TPM's state of that time"
+    )))
 }
 
 /// What would be told, in order.
