@@ -219,7 +219,8 @@ impl Service {
         let draft = drafts.then(|| self.draft(caller, &*driver, &def, (text.clone(), seat.clone())));
         // What can be refused without a look at files is refused before.
         let looks = async { if validate { Ok(()) } else { self.look(&*driver, &def).await } };
-        let ((stored, read), ()) = tokio::try_join!(readable(text, &seat), looks)?;
+        // The looks come first: what is small is read again at once, while they are under way.
+        let ((), (stored, read)) = tokio::try_join!(looks, readable(text, &seat))?;
         self.shared.readings.keep(&stored, Arc::new(read));
         let stored = Arc::new(stored);
         if validate {

@@ -14,10 +14,11 @@
 //! [`apart`] has a file a low number. Files that clients send have none while a process is made ([`arrive`]): a client may have
 //! made the file system, and could wait for that moment.
 
+use super::process::reap_unheld;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{DupFlags, fcntl_dupfd_cloexec};
 use rustix::net::sockopt::set_socket_linger;
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, WaitOptions, getpid, pidfd_getfd, pidfd_open, waitpid};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use std::io;
 use std::marker::PhantomData;
 use std::mem::ManuallyDrop;
@@ -301,7 +302,7 @@ impl Born {
         if self.is_told.load(Ordering::Acquire) {
             return Ok(());
         }
-        let _ = waitpid(Pid::from_raw(number), WaitOptions::empty());
+        Pid::from_raw(number).into_iter().for_each(reap_unheld);
         Err(io::Error::other("its process was killed"))
     }
 }

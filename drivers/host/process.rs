@@ -1,6 +1,7 @@
 //! A process held by its pidfd, whether it is our child or outlived an earlier virtd: never the wrong one.
 
 use super::ready::ready_by;
+use rustix::io::retry_on_intr;
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitOptions, kill_process, kill_process_group, pidfd_open,
     pidfd_send_signal, waitid, waitpid,
@@ -135,9 +136,20 @@ pub fn adopt(pid: i32) -> io::Result<OwnedFd> {
     let named = Pid::from_raw(pid).ok_or_else(|| io::Error::other("no process was made"))?;
     let held = pidfd_open(named, PidfdFlags::empty());
     if held.is_err() {
-        let _ = (kill_process(named, Signal::KILL), waitpid(Some(named), WaitOptions::empty()));
+        kill_unheld(named);
     }
     Ok(held?)
+}
+
+/// Kills and reaps a child that nobody has reaped, by its number.
+pub fn kill_unheld(child: Pid) {
+    let _ = kill_process(child, Signal::KILL);
+    reap_unheld(child);
+}
+
+/// Waits for the end of a child that nobody has reaped, and reaps it, by its number.
+pub fn reap_unheld(child: Pid) {
+    let _ = retry_on_intr(|| waitpid(Some(child), WaitOptions::empty()));
 }
 
 /// Reaps an ended child; no-one else may have reaped it.

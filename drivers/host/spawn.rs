@@ -16,14 +16,14 @@
 
 use super::apart::{self, Born, Left};
 use super::files::Program;
-use super::process::{Identity, kill};
+use super::process::{Identity, kill, reap_unheld};
 use super::ready::ready_by;
 use super::tool::limit;
 use super::user::RunAs;
 use super::vfork::{Kin, die_with, vfork};
 use super::wall::{self, Ground, Maker, Wall};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
-use rustix::process::{Pid, PidfdFlags, WaitOptions, getpid, pidfd_open, waitpid};
+use rustix::process::{Pid, PidfdFlags, getpid, pidfd_open};
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{self, Write};
@@ -257,7 +257,7 @@ impl Drop for Child {
                 }
                 kill(fd);
             }
-            None => _ = waitpid(Pid::from_raw(self.pid), WaitOptions::empty()),
+            None => Pid::from_raw(self.pid).into_iter().for_each(reap_unheld),
         }
     }
 }

@@ -2,11 +2,11 @@
 //! way to more, and no more of the host than they need.
 
 use super::apart;
-use super::process::{End, Process};
+use super::process::{End, Process, kill_unheld};
 use super::user::RunAs;
 use super::workers::Stop;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitOptions};
-use rustix::process::{kill_process, pidfd_open, waitid, waitpid};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+use rustix::process::{pidfd_open, waitid};
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
@@ -139,7 +139,7 @@ impl Tool {
         // Not reaped yet, so the number is still the child's.
         let held = pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from).and_then(Process::new);
         if held.is_err() {
-            let _ = (kill_process(pid, Signal::KILL), waitpid(Some(pid), WaitOptions::empty()));
+            kill_unheld(pid);
         }
         held.map(|process| Tool(Some(process)))
     }

@@ -166,7 +166,10 @@ impl QemuDriver {
 
     /// The same for whoever may define machines: the emulator is asked, if need be.
     async fn learnt_for(&self, def: &DomainDef) -> Arc<Capabilities> {
-        self.0.prober.learn_of(def.uuid, &emulator(def).await).await
+        match &def.devices.emulator {
+            Some(path) => self.0.prober.learn_of(def.uuid, Path::new(path)).await,
+            None => self.0.prober.learn_of_own(def.uuid, arch_of(def)).await,
+        }
     }
 
     fn complete_for(&self, def: &mut DomainDef, caps: &Capabilities) -> Result<(), DriverError> {
@@ -410,8 +413,12 @@ async fn emulator(def: &DomainDef) -> PathBuf {
     if let Some(path) = &def.devices.emulator {
         return PathBuf::from(path);
     }
-    let arch = def.os.kind.arch.as_deref().unwrap_or(std::env::consts::ARCH).to_owned();
+    let arch = arch_of(def).to_owned();
     blocking(move || default_emulator(&arch)).await.unwrap_or_default()
+}
+
+fn arch_of(def: &DomainDef) -> &str {
+    def.os.kind.arch.as_deref().unwrap_or(std::env::consts::ARCH)
 }
 
 /// The guest, as this driver's.

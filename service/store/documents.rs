@@ -57,13 +57,15 @@ impl Documents {
     /// Stores a document and its note; the note first, so that a document never lacks one.
     pub fn save(&self, uuid: Uuid, text: &str, note: &impl Serialize) -> Result<()> {
         let note = json(note)?;
-        change_all(&self.0, &[(&format!("{uuid}.json"), &note), (&format!("{uuid}.xml"), text.as_bytes())], &[])
+        let [of_note, of_document] = Self::names(uuid);
+        change_all(&self.0, &[(&of_note, &note), (&of_document, text.as_bytes())], &[])
     }
 
     /// Has a document and its note on disk, to be put in their places by [`Documents::put`].
     pub fn draft(&self, uuid: Uuid, text: String, note: &impl Serialize) -> Result<DraftedDocument> {
         let note = json(note)?;
-        let files: [(&str, &[u8]); 2] = [(&format!("{uuid}.json"), &note), (&format!("{uuid}.xml"), text.as_bytes())];
+        let [of_note, of_document] = Self::names(uuid);
+        let files: [(&str, &[u8]); 2] = [(&of_note, &note), (&of_document, text.as_bytes())];
         Ok(DraftedDocument { draft: Draft::write(&self.0, &files)?, uuid, text, note })
     }
 
@@ -160,11 +162,18 @@ impl Documents {
 
     /// Where the document of an object is.
     pub fn document(&self, uuid: Uuid) -> PathBuf {
-        self.0.join(format!("{uuid}.xml"))
+        let [_, of_document] = Self::names(uuid);
+        self.0.join(of_document)
     }
 
     fn note(&self, uuid: Uuid) -> PathBuf {
-        self.0.join(format!("{uuid}.json"))
+        let [of_note, _] = Self::names(uuid);
+        self.0.join(of_note)
+    }
+
+    /// What the files of a note and of its document are called, in the order in which they are written.
+    fn names(uuid: Uuid) -> [String; 2] {
+        [format!("{uuid}.json"), format!("{uuid}.xml")]
     }
 }
 

@@ -7,13 +7,14 @@
 //! Only a process with one thread may go into a user namespace, so the wall is made between [`vfork`] and exec.
 
 use super::super::access::LentFile;
+use super::super::process::reap_unheld;
 use super::super::vfork::{Kin, die_with, vfork};
 use super::attach::{Origin, Root, Tree};
 use super::build::{self, explain};
 use super::{Maker, Wall};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{CWD, Mode, OFlags, openat};
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, WaitOptions, getpid, kill_process, waitid, waitpid};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, getpid, kill_process, waitid};
 use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Write};
@@ -148,7 +149,5 @@ pub fn show(user: &OwnedFd, mounts: &OwnedFd, files: &[LentFile]) -> io::Result<
 
 /// Waits for the end of a child that is about to end.
 fn reap(child: libc::pid_t) {
-    if let Some(child) = Pid::from_raw(child) {
-        let _ = rustix::io::retry_on_intr(|| waitpid(Some(child), WaitOptions::empty()));
-    }
+    Pid::from_raw(child).into_iter().for_each(reap_unheld);
 }

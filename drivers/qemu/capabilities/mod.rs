@@ -214,15 +214,25 @@ const OWN_NAME: &str = "qemu-system-";
 
 /// Where QEMU for an architecture (in libvirt's words) is looked for when a definition names no emulator.
 pub fn default_emulator(arch: &str) -> PathBuf {
+    let there = own_emulators(arch).find(|path| is_systems_own(path) && Seen::at(path).is_there());
+    there.unwrap_or_else(|| first_own_emulator(arch))
+}
+
+/// Where the system's own is looked for first.
+fn first_own_emulator(arch: &str) -> PathBuf {
+    own_emulators(arch).next().unwrap_or_default()
+}
+
+/// Where the system may keep its own, in the order in which it is looked for.
+fn own_emulators(arch: &str) -> impl Iterator<Item = PathBuf> {
     let name = match arch {
         "i686" => "i386",
         "ppc64le" => "ppc64",
         "armv7l" => "arm",
         other => other,
     };
-    let named = |dir: &&str| Path::new(dir).join(format!("{OWN_NAME}{name}"));
-    let own = OWN_DIRS.iter().map(named).find(|path| is_systems_own(path) && Seen::at(path).is_there());
-    own.unwrap_or_else(|| Path::new(OWN_DIRS[0]).join(format!("{OWN_NAME}{name}")))
+    let name = format!("{OWN_NAME}{name}");
+    OWN_DIRS.iter().map(move |dir| Path::new(dir).join(&name))
 }
 
 /// Whether it is where the system keeps its QEMU: no caller has chosen it.
@@ -382,6 +392,16 @@ impl Prober {
     pub async fn learn_of(self: &Arc<Self>, guest: Uuid, binary: &Path) -> Arc<Capabilities> {
         let asked = self.probe(guest, binary).await;
         self.or_absent(binary, asked.map(|asked| asked.capabilities)).await
+    }
+
+    /// The same of the system's own for machines of `arch`. Where it is the first that is looked for, that costs one look.
+    pub async fn learn_of_own(self: &Arc<Self>, guest: Uuid, arch: &str) -> Arc<Capabilities> {
+        if let Ok(asked) = self.probe(guest, &first_own_emulator(arch)).await {
+            return asked.capabilities;
+        }
+        let arch = arch.to_owned();
+        let own = blocking(move || default_emulator(&arch)).await.unwrap_or_default();
+        self.learn_of(guest, &own).await
     }
 
     /// What is known of the binary, for everybody: neither is it run, nor its path followed, unless it is where the system

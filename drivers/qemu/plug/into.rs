@@ -42,8 +42,8 @@ impl QemuDriver {
         Attachment { before, alias, image }: Attachment<'_>,
         sysfs: &Path,
     ) -> Result<(), DriverError> {
-        let caps = self.learnt_for(def).await;
-        declared::hold(&self.0.workers, def).await?;
+        let (caps, held) = tokio::join!(self.learnt_for(def), declared::hold(&self.0.workers, def));
+        held?;
         let new = New { alias: alias.to_owned(), controllers: controllers_beside(before, def, alias) };
         let started = host::found(def, alias, sysfs).await?;
         let parts = new.parts(&started, &caps, &body.leavings.own_dir())?;
