@@ -14,8 +14,9 @@ use crate::stored::StoredDef;
 use crate::verb::{self, Verb};
 use std::sync::Arc;
 use std::time::Instant;
-use virt_model::domain::{DomainDef, add_findings};
+use virt_model::domain::DomainDef;
 use virt_model::driver::{Driver, DriverError};
+use virt_model::xml::add_findings;
 use virt_model::xml::{Finding, FindingKind, Limits, refusals};
 
 impl Service {

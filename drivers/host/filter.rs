@@ -4,7 +4,7 @@
 //! The table is made before the device is in a bridge. The kernel knows the device by its number, which no other one gets: what
 //! is left of a device that has gone filters nobody, and [`sweep`] takes it away.
 
-use super::tap::{number_of, output_within};
+use super::net_tool::{number_of, output_within};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::io;

@@ -1,7 +1,8 @@
 //! Cards that go out by a device of the host's without a bridge (macvtap): made by us, opened once for each queue, and removed
 //! when the guest has gone. Needs the right to administer the host's network.
 
-use super::tap::{limit, run, to_tap};
+use super::net_tool::run;
+use super::tap::{limit, to_tap};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::io;

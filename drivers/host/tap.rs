@@ -1,18 +1,13 @@
 //! Network devices of the host whose other end is a guest: made by us, plugged into a bridge, and gone with the last copy of
 //! their descriptors. Needs the right to administer the host's network.
 
-use super::apart;
 use super::filter::FilterPlan;
+use super::net_tool::{number_of, output, run};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Command, Output, Stdio};
 use virt_model::device::interface::{self, Bandwidth, NativeMode, Vlan, VlanTag};
-
-/// How many seconds a program has that looks at the host's network or changes it: some milliseconds are usual.
-const LIMIT: u32 = 20;
 
 /// A device to be made.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -232,16 +227,6 @@ pub fn plug_again(name: &str, plan: &TapPlan) -> io::Result<()> {
     plugged
 }
 
-/// The kernel's number of a device.
-pub(super) fn number_of(name: &str) -> io::Result<u32> {
-    let name = std::ffi::CString::new(name).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-    // SAFETY: the name ends with a zero.
-    match unsafe { libc::if_nametoindex(name.as_ptr()) } {
-        0 => Err(io::Error::last_os_error()),
-        number => Ok(number),
-    }
-}
-
 /// Plugs a device into its bridge, if it is for one, and sets what the bridge has for it.
 fn plug_in(name: &str, plan: &TapPlan, socket: RawFd) -> io::Result<()> {
     if let Some(bridge) = &plan.bridge {
@@ -395,55 +380,6 @@ fn scaled(text: &str, kilo: u64) -> Option<u64> {
 
 fn said(args: &[&str]) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&output("tc", args)?).into_owned())
-}
-
-/// Runs a program that changes the host's network.
-pub(super) fn run(program: &str, args: &[&str]) -> io::Result<()> {
-    output(program, args).map(drop)
-}
-
-/// The same, for what it prints.
-pub(super) fn output(program: &str, args: &[&str]) -> io::Result<Vec<u8>> {
-    output_within(program, args, &[])
-}
-
-/// The same with more in its environment.
-pub(crate) fn output_within(program: &str, args: &[&str], env: &[(&str, &std::ffi::OsStr)]) -> io::Result<Vec<u8>> {
-    let mut command = Command::new(program);
-    command.args(args).envs(env.iter().copied());
-    let done = finished(&mut command).map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => {
-            let package = match program {
-                "nft" => "nftables",
-                "dnsmasq" => "dnsmasq-base",
-                _ => "iproute2",
-            };
-            io::Error::other(format!("this needs the program {program} (Debian has it in {package})"))
-        }
-        _ => e,
-    })?;
-    if done.status.success() {
-        return Ok(done.stdout);
-    }
-    if done.status.signal() == Some(libc::SIGALRM) {
-        return Err(io::Error::other(format!("{program} {}: it takes more than {LIMIT} s", args.join(" "))));
-    }
-    let words = String::from_utf8_lossy(&done.stderr);
-    Err(io::Error::other(format!("{program} {}: {}", args.join(" "), words.trim())))
-}
-
-/// Runs a program to its end, which comes in time.
-pub(crate) fn finished(command: &mut Command) -> io::Result<Output> {
-    command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    // SAFETY: a system call only. The alarm goes on in the program, and ends it.
-    unsafe {
-        command.pre_exec(|| {
-            libc::alarm(LIMIT);
-            Ok(())
-        });
-    }
-    apart::without(|| command.output())
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Virtual functions of network cards: what the card holds them to before they are handed over, by the host's own device of
 //! that card. A guest cannot change it.
 
-use super::tap::{output, run};
+use super::net_tool::{output, run};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::io;

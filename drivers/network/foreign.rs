@@ -2,7 +2,7 @@
 //! looked for, told, and left alone.
 
 use super::{rules, zones};
-use crate::host::tap::output_within;
+use crate::host::net_tool::output_within;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::io;

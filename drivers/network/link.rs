@@ -1,7 +1,8 @@
 //! The host's device of a network, its addresses and routes; and what the host has of these that is not ours. All by iproute2.
 
 use super::inside::Card;
-use crate::host::tap::{Rate, TapPlan, change_limit, output_within, plug_again};
+use crate::host::net_tool::output_within;
+use crate::host::tap::{Rate, TapPlan, change_limit, plug_again};
 use serde_json::Value;
 use std::fs;
 use std::io;

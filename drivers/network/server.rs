@@ -3,10 +3,10 @@
 
 use super::leases::TOLD;
 use super::serve::USER;
+use crate::host::net_tool::{finished, output_within};
 use crate::host::own_file::{self, replace, replace_json};
 use crate::host::process::{Identity, kill};
 use crate::host::ready::ready_by;
-use crate::host::tap::{finished, output_within};
 use nix::unistd::User;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::io::Errno;

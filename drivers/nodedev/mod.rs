@@ -6,6 +6,7 @@
 //!
 //! A message only says what to look at again. Where messages are lost, all is looked at again.
 
+mod attribute;
 mod follow;
 mod inventory;
 mod made;

@@ -1,7 +1,7 @@
 //! What makers and products are called: what udev has noted of a device, else the lists that distributions have of PCI and USB.
 
 use super::Host;
-use super::read::{attribute, bounded};
+use super::attribute::{attribute, bounded};
 use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::path::Path;

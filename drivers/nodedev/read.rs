@@ -3,11 +3,10 @@
 //! What is in there was said by the kernel or by the device itself: each text is bounded, and shown without what deceives.
 
 use super::Host;
+use super::attribute::{LONGEST, attribute, bounded};
 use super::names::{Lists, Note};
 use crate::host::pci::{Pci, VFIO, name_of_link};
 use std::ffi::OsStr;
-use std::fs::File;
-use std::io::Read as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,9 +16,6 @@ use virt_model::nodedev::{
     StorageAbout, SystemAbout, device_name, pci_name,
 };
 use virt_model::xml::plainly;
-
-/// The longest attribute that is read, in bytes: one of sysfs has a page at most.
-const LONGEST: u64 = 4096;
 
 /// As much of a text is shown, in bytes.
 const SHOWN: usize = 256;
@@ -41,18 +37,6 @@ pub const MOST: usize = 16 << 10;
 
 /// Virtual functions and kinds of mediated devices that are told of one device.
 const PARTS: usize = 512;
-
-/// The beginning of a file, if it can be read.
-pub fn bounded(file: &Path, most: u64) -> Option<String> {
-    let mut bytes = Vec::new();
-    File::open(file).ok()?.take(most).read_to_end(&mut bytes).ok()?;
-    Some(String::from_utf8_lossy(&bytes).into_owned())
-}
-
-/// An attribute, without the white space around it.
-pub fn attribute(device: &Path, name: &str) -> Option<String> {
-    bounded(&device.join(name), LONGEST).map(|text| text.trim().to_owned())
-}
 
 /// The same as it is shown; empty where there is none.
 fn words(device: &Path, name: &str) -> String {

@@ -2,7 +2,7 @@
 //! that stand on it.
 
 use super::Host;
-use super::read::bounded;
+use super::attribute::bounded;
 use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};

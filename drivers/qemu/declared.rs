@@ -1,7 +1,7 @@
 //! Whether images are what the definition says they are: what an image stands on is the definition's to say, and a header
 //! that says otherwise is refused, for whoever wrote it (a guest, who made the image) would choose files of the host.
 
-use super::command::known_format;
+use super::format::known_format;
 use crate::host::chain::{Header, is_same_path, place};
 use crate::host::workers::{Errand, Workers};
 use std::path::{Path, PathBuf};

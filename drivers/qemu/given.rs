@@ -8,7 +8,7 @@
 //!
 //! QEMU tells of each set which disk it is for, so that what is left of one is found whatever has been lost.
 
-use super::command::known_format;
+use super::format::known_format;
 use super::instance::Body;
 use super::qmp::COMMAND_TIMEOUT;
 use crate::host::apart;

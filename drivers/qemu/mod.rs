@@ -26,6 +26,7 @@ mod expanded;
 mod find;
 #[allow(clippy::disallowed_methods, reason = "the descriptors of this host's distribution")]
 pub mod firmware;
+mod format;
 pub mod given;
 mod hostdev;
 mod instance;

@@ -1,6 +1,6 @@
 //! What a start needs of the host's files, looked at before anything is begun, or ended to make room for it.
 
-use super::command::known_format;
+use super::format::known_format;
 use super::live;
 use super::plan::{Command, Expected, HostFile};
 use crate::host::chain::bears_sign_of;

@@ -2,7 +2,7 @@
 //! off.
 
 use super::block::{Node, Nodes};
-use super::command::known_format;
+use super::format::known_format;
 use super::instance::Body;
 use super::known::Holds;
 use crate::host::chain;

@@ -2,12 +2,8 @@
 
 use super::guest::{Asked, Machine};
 use std::sync::Arc;
-use std::time::Duration;
 use virt_model::driver::{DriverEvent, Exit};
 use virt_model::state::{ShutdownBy, Suspended};
-
-/// How long a hypervisor that does not listen is waited for.
-pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Makes a guest do things. What it causes is reported before the call returns.
 pub struct GuestControl(Arc<Machine>);

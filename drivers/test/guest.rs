@@ -30,6 +30,9 @@ use virt_model::driver::{
 };
 use virt_model::state::{PmSuspended, ShutdownBy, Suspended};
 
+/// How long a hypervisor that does not listen is waited for.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
 /// A guest.
 pub struct Machine {
     /// Whose guest it is.
@@ -304,7 +307,7 @@ impl Machine {
     /// Waits while the hypervisor does not listen, as long as QEMU's driver would.
     pub async fn listens(&self) -> Result<(), DriverError> {
         let mut listening = self.listening.subscribe();
-        let heard = tokio::time::timeout(super::control::PATIENCE, listening.wait_for(|listening| *listening)).await;
+        let heard = tokio::time::timeout(PATIENCE, listening.wait_for(|listening| *listening)).await;
         match heard {
             Ok(_) if self.lives() => Ok(()),
             Ok(_) => Err(DriverError::Gone),

@@ -38,7 +38,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Weak};
 use uuid::Uuid;
 use virt_model::device::Disk;
-use virt_model::domain::{DomainDef, add_findings};
+use virt_model::domain::DomainDef;
 use virt_model::driver::backup::Backups;
 use virt_model::driver::block_jobs::BlockJobs;
 use virt_model::driver::checkpoints::Checkpoints;
@@ -50,6 +50,7 @@ use virt_model::driver::{
     Removable, Running, StoredFile,
 };
 use virt_model::lock::lock;
+use virt_model::xml::add_findings;
 use virt_model::xml::{Finding, FindingKind, shorten};
 
 /// Memory and vCPUs that the host claims to have.

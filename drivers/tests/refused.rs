@@ -7,7 +7,8 @@ use qemu::{caps, data};
 use std::fmt::Write;
 use virt_drivers::qemu::check::check;
 use virt_drivers::qemu::complete::complete;
-use virt_model::domain::{DomainDef, add_findings};
+use virt_model::domain::DomainDef;
+use virt_model::xml::add_findings;
 use virt_model::xml::{Finding, FindingKind};
 
 /// A document in the making.

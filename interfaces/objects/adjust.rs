@@ -1,6 +1,6 @@
 //! What changes on a machine without plugging, as the bus has it.
 
-use super::domain::{affect, patience};
+use super::options::{affect, patience};
 use crate::bus::call::{Call, Options, Outcome};
 use crate::error::Error;
 use std::collections::HashMap;

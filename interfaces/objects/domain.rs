@@ -1,6 +1,7 @@
 //! `org.virt.Domain`: translation between the bus and the service's domains.
 
 use super::job::{finish, no_wait};
+use super::options::{affect, patience};
 use super::{Members, adjust, agent, checkpoint, disks, long_properties, paths, snapshot, stats};
 use crate::bus::answers::no_object;
 use crate::bus::call::{self, Call, Options, Outcome};
@@ -23,9 +24,6 @@ use virt_service::{
 };
 use zbus::Variant;
 use zbus::wire::Fd;
-
-/// The longest that a caller may have virtd wait for a guest to let go of a device: the domain has one change at a time.
-const LONGEST_WAIT: Duration = Duration::from_secs(300);
 
 /// The interface.
 pub const INTERFACE: &str = "org.virt.Domain";
@@ -502,16 +500,6 @@ fn detachment(mut options: Options) -> Result<(Affect, Duration), Error> {
     Ok((affect(options)?, patience))
 }
 
-/// How long a guest may take, if the caller says so.
-pub fn patience(options: &mut Options) -> Result<Option<Duration>, Error> {
-    let patience = options.long("timeout-usec")?.map(Duration::from_micros);
-    if patience > Some(LONGEST_WAIT) {
-        let most = LONGEST_WAIT.as_micros();
-        return Err(Error::argument(format!("option 'timeout-usec' is at most {most}")));
-    }
-    Ok(patience)
-}
-
 async fn change_medium(domain: Arc<Domain>, call: Call) -> Outcome {
     let (target, file, mut options): (String, String, Options) = call.read()?;
     let how = MediumExchange { force: options.flag("force")?, patience: patience(&mut options)? };
@@ -594,10 +582,4 @@ fn mode(mut options: Options) -> Result<ShutdownMode, Error> {
     };
     options.end()?;
     Ok(mode)
-}
-
-pub fn affect(mut options: Options) -> Result<Affect, Error> {
-    let affect = Affect { live: options.flag("live")?, config: options.flag("config")? };
-    options.end()?;
-    Ok(affect)
 }

@@ -2,7 +2,7 @@
 
 use super::domain::{resumption, start_options};
 use super::job::{finish, no_wait};
-use super::{Members, paths, properties, subscription};
+use super::{Members, paths, properties, subscription, told};
 use crate::bus::answers::ROOT;
 use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Object, Objects};
@@ -16,7 +16,7 @@ use tokio::net::unix::pipe;
 use virt_model::driver::MachineChoice;
 use virt_model::driver::storage::PoolAbility;
 use virt_model::state::DomainState;
-use virt_model::xml::{Finding, FindingKind, shorten};
+use virt_model::xml::shorten;
 use virt_service::facts::DomainFacts;
 use virt_service::object::ObjectRef;
 use virt_service::verb;
@@ -153,7 +153,7 @@ async fn validate_domain(service: Arc<Service>, call: Call) -> Outcome {
     let (xml, options): (&str, Options) = call::read(&body)?;
     options.end()?;
     let findings = service.validate(call.caller(), xml).await?;
-    call.reply(&findings.iter().map(told).collect::<Vec<_>>())
+    call.reply(&findings.iter().map(told::finding).collect::<Vec<_>>())
 }
 
 async fn compare_domains(service: Arc<Service>, call: Call) -> Outcome {
@@ -295,15 +295,6 @@ fn inventory(objects: &Objects, filter: &Filter) -> Vec<Entry> {
         Some((path, facts.name.clone(), facts.uuid.to_string(), facts.state.as_str(), facts.persistent))
     })
     .collect()
-}
-
-/// A finding as severity, line, column and message.
-pub fn told(finding: &Finding) -> (&'static str, u32, u32, String) {
-    let severity = match finding.kind {
-        FindingKind::Warning => "warning",
-        FindingKind::Invalid | FindingKind::Unsupported => "error",
-    };
-    (severity, finding.line, finding.column, format!("{}: {}", finding.path, finding.message))
 }
 
 fn path(domain: &Domain) -> Result<ObjectPath<'static>, Error> {

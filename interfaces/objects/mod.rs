@@ -11,6 +11,7 @@ pub mod job;
 pub mod manager;
 pub mod network;
 pub mod nodedev;
+mod options;
 pub mod paths;
 pub mod pool;
 pub mod secret;
@@ -18,6 +19,7 @@ pub mod snapshot;
 mod stats;
 pub mod storage;
 pub mod subscription;
+mod told;
 pub mod volume;
 
 use crate::bus::call::{Call, Handler, Outcome};

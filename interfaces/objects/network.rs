@@ -2,7 +2,7 @@
 
 use super::secret::users;
 use super::snapshot::verdict;
-use super::{Lifecycle, Members, Published, manager, paths, properties};
+use super::{Lifecycle, Members, Published, paths, properties, told};
 use crate::bus::answers::no_object;
 use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object, Objects};
@@ -149,7 +149,7 @@ async fn validate(service: Arc<Service>, call: Call) -> Outcome {
     let (xml, options): (&str, Options) = call::read(&body)?;
     options.end()?;
     let findings = service.validate_network(call.caller(), xml).await?;
-    call.reply(&findings.iter().map(manager::told).collect::<Vec<_>>())
+    call.reply(&findings.iter().map(told::finding).collect::<Vec<_>>())
 }
 
 /// Path, name, uuid, state, persistent.
@@ -183,7 +183,7 @@ async fn start(network: Arc<Network>, call: Call) -> Outcome {
 async fn check_start(network: Arc<Network>, call: Call) -> Outcome {
     call.options()?.end()?;
     let checked = network.check_start(call.caller()).await?;
-    call.reply(&told(&checked)?)
+    call.reply(&of_check(&checked)?)
 }
 
 async fn destroy(network: Arc<Network>, call: Call) -> Outcome {
@@ -195,7 +195,7 @@ async fn destroy(network: Arc<Network>, call: Call) -> Outcome {
 async fn check_destroy(network: Arc<Network>, call: Call) -> Outcome {
     let force = forced(call.options()?)?;
     let checked = network.check_destroy(call.caller(), force).await?;
-    call.reply(&told(&checked)?)
+    call.reply(&of_check(&checked)?)
 }
 
 async fn update(network: Arc<Network>, call: Call) -> Outcome {
@@ -268,10 +268,10 @@ async fn undefine(network: Arc<Network>, call: Call) -> Outcome {
 async fn check_undefine(network: Arc<Network>, call: Call) -> Outcome {
     let force = forced(call.options()?)?;
     let checked = network.check_undefine(call.caller(), force).await?;
-    call.reply(&told(&checked)?)
+    call.reply(&of_check(&checked)?)
 }
 
-fn told(checked: &CheckedNetwork) -> Result<HashMap<&'static str, Variant<'static>>, Error> {
+fn of_check(checked: &CheckedNetwork) -> Result<HashMap<&'static str, Variant<'static>>, Error> {
     let users: Vec<(ObjectPath<'static>, String, &'static str)> = checked
         .users
         .iter()

@@ -1,22 +1,21 @@
 //! `org.virt.StoragePool`: translation between the bus and storage pools.
 
 use super::job::{finish, no_wait};
+use super::options::{choice, job_options};
 use super::secret::users;
-use super::snapshot::verdict;
-use super::{Lifecycle, Members, Published, paths, properties, storage, volume};
+use super::{Lifecycle, Members, Published, paths, properties, storage, told, volume};
 use crate::bus::answers::no_object;
 use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object, Objects};
 use crate::bus::table::Offer;
 use crate::error::Error;
-use std::collections::HashMap;
 use std::sync::Arc;
 use virt_model::driver::storage::Preallocation;
 use virt_service::facts::{ObjectFacts, PoolFacts};
 use virt_service::object::ObjectRef;
 use virt_service::verb;
-use virt_service::{AddVolume, CreateVolume, Pool, Service, StartPool, StorageCheck, Volume};
-use zbus::{ObjectPath, Variant};
+use virt_service::{AddVolume, CreateVolume, Pool, Service, StartPool, Volume};
+use zbus::ObjectPath;
 
 /// The interface.
 pub const INTERFACE: &str = "org.virt.StoragePool";
@@ -146,7 +145,7 @@ async fn delete(found: Found, call: Call) -> Outcome {
 
 async fn check_delete(found: Found, call: Call) -> Outcome {
     call.options()?.end()?;
-    call.reply(&told(found.pool.check_delete(call.caller()).await?)?)
+    call.reply(&told::storage_check(found.pool.check_delete(call.caller()).await?)?)
 }
 
 async fn create_volume(found: Found, call: Call) -> Outcome {
@@ -166,7 +165,7 @@ async fn check_create_volume(found: Found, call: Call) -> Outcome {
     let (xml, mut options): (&str, Options) = call::read(&body)?;
     let preallocate = choice(&mut options, "preallocate", Preallocation::ALL)?;
     options.end()?;
-    call.reply(&told(found.pool.check_create_volume(call.caller(), xml, preallocate).await?)?)
+    call.reply(&told::storage_check(found.pool.check_create_volume(call.caller(), xml, preallocate).await?)?)
 }
 
 async fn add_volume(found: Found, call: Call) -> Outcome {
@@ -237,7 +236,7 @@ async fn undefine(found: Found, call: Call) -> Outcome {
 
 async fn check_undefine(found: Found, call: Call) -> Outcome {
     let force = forced(call.options()?)?;
-    call.reply(&told(found.pool.check_undefine(call.caller(), force).await?)?)
+    call.reply(&told::storage_check(found.pool.check_undefine(call.caller(), force).await?)?)
 }
 
 fn forced(mut options: Options) -> Result<bool, Error> {
@@ -255,48 +254,4 @@ async fn set_autostart(found: Found, call: Call) -> Outcome {
     let autostart = bool::try_from(call.value()?).map_err(|error| Error::invalid_args(error.to_string()))?;
     found.pool.set_autostart(call.caller(), autostart).await?;
     call.done()
-}
-
-/// The options of a job that has no others: whether it is cancelled when its caller leaves, and whether not to wait.
-pub fn job_options(mut options: Options) -> Result<(bool, bool), Error> {
-    let departs = options.flag("cancel-on-disconnect")?;
-    Ok((departs, no_wait(options)?))
-}
-
-/// An option that is one of few words; the first, if it is not given.
-pub fn choice<T: Copy + std::fmt::Display + Default>(
-    options: &mut Options,
-    key: &'static str,
-    all: &[T],
-) -> Result<T, Error> {
-    let Some(word) = options.text(key)? else { return Ok(T::default()) };
-    all.iter().copied().find(|one| one.to_string() == word).ok_or_else(|| {
-        let words: Vec<String> = all.iter().map(ToString::to_string).collect();
-        Error::argument(format!(
-            "option '{key}' is one of {}, not '{}'",
-            words.join(", "),
-            virt_model::xml::shorten(&word)
-        ))
-    })
-}
-
-type Answer = HashMap<&'static str, Variant<'static>>;
-
-/// What a verb would do, of which nothing is done.
-pub fn told(check: StorageCheck) -> Result<Answer, Error> {
-    let path = |object: &ObjectRef| paths::argument(paths::of(object));
-    let users: Vec<(ObjectPath<'static>, String, &'static str)> = check
-        .users
-        .iter()
-        .map(|user| Ok((path(&user.object)?, user.place.clone(), user.how.as_str())))
-        .collect::<Result<_, Error>>()?;
-    let breaks: Vec<ObjectPath<'static>> = check.breaks.iter().map(path).collect::<Result<_, Error>>()?;
-    let rest = [
-        ("users", Variant::from(users)),
-        ("breaks", Variant::from(breaks)),
-        ("files", Variant::from(check.files)),
-        ("frees", Variant::from(check.frees)),
-        ("needs", Variant::from(check.needs)),
-    ];
-    Ok(verdict(check.refusal.as_ref()).into_iter().chain(rest).collect())
 }

@@ -3,7 +3,7 @@
 use super::job::{finish, no_wait};
 use super::pool::{path, start_options};
 use super::volume::path as volume_path;
-use super::{Members, manager, paths, properties};
+use super::{Members, paths, properties, told};
 use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Objects};
 use crate::bus::table::Offer;
@@ -116,7 +116,7 @@ async fn validate(service: Arc<Service>, call: Call) -> Outcome {
     let (xml, options): (&str, Options) = call::read(&body)?;
     options.end()?;
     let findings = service.validate_pool(call.caller(), xml).await?;
-    call.reply(&findings.iter().map(manager::told).collect::<Vec<_>>())
+    call.reply(&findings.iter().map(told::finding).collect::<Vec<_>>())
 }
 
 async fn capabilities(service: Arc<Service>, call: Call) -> Outcome {

@@ -1,9 +1,9 @@
 //! `org.virt.StorageVolume`: translation between the bus and volumes.
 
 use super::job::{finish, no_wait};
-use super::pool::{choice, job_options, told};
+use super::options::{choice, job_options};
 use super::secret::users;
-use super::{Members, Published, paths, properties};
+use super::{Members, Published, paths, properties, told};
 use crate::bus::answers::no_object;
 use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object};
@@ -107,7 +107,7 @@ async fn check_delete(found: Found, call: Call) -> Outcome {
     let mut options = call.options()?;
     let (force, with_snapshots) = (options.flag("force")?, options.flag("with-snapshots")?);
     options.end()?;
-    call.reply(&told(found.volume.check_delete(call.caller(), force, with_snapshots).await?)?)
+    call.reply(&told::storage_check(found.volume.check_delete(call.caller(), force, with_snapshots).await?)?)
 }
 
 async fn clone(found: Found, call: Call) -> Outcome {

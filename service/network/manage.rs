@@ -113,7 +113,7 @@ impl Service {
         let (def, mut findings) = seat.read(xml, |text| NetworkDef::parse_leniently(text, Limits::ACCEPTED)).await;
         let Some(def) = def else { return Ok(findings) };
         let (networks, checked) = (self.shared.host.networks.clone(), def.clone());
-        virt_model::domain::add_findings(&mut findings, seat.work(move || networks.check(&checked)).await);
+        virt_model::xml::add_findings(&mut findings, seat.work(move || networks.check(&checked)).await);
         if self.nameless(&def).is_none()
             && let Err(conflict) = self.networks.look(def.uuid, &def.name)
         {

@@ -2,15 +2,18 @@
 
 use super::attach::{Origin, Root, Tree};
 use super::sys::{self, Hold};
-use super::unprivileged::PTMX;
 use super::{Folder, Wall};
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, chmodat, fstat, makedev, mkdirat, mknodat, openat, symlinkat};
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
+
+/// The descriptor of the host's maker of terminals, an `O_PATH` one, which a process behind such a wall has: a node of its own
+/// would do nothing there, and a mount of the host's finds no terminals beside it.
+pub const PTMX: RawFd = 198;
 
 /// Bytes and names in the root itself, which holds little but places to mount on.
 const ROOT: &[(&str, &str)] = &[("mode", "0755"), ("size", "4m"), ("nr_inodes", "16k")];

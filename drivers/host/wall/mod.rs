@@ -29,10 +29,10 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use build::{Ground, GroundToCome};
+pub use build::{Ground, GroundToCome, PTMX};
 pub use enter::{has_own_network, show};
 pub use sys::{Hold, clone, file_system, put};
-pub use unprivileged::{PTMX, fork, obstacle, own_network, terminals};
+pub use unprivileged::{fork, obstacle, own_network, terminals};
 
 /// What there is within.
 #[derive(Clone, Debug, Default)]

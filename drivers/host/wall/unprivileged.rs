@@ -18,13 +18,9 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, getpid, kill_process, 
 use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
-
-/// The descriptor of the host's maker of terminals, an `O_PATH` one, which a process behind such a wall has: a node of its own
-/// would do nothing there, and a mount of the host's finds no terminals beside it.
-pub const PTMX: RawFd = 198;
 
 /// That descriptor; `None` where there is no such device.
 pub fn terminals() -> Option<OwnedFd> {

@@ -29,7 +29,8 @@ use super::complete::{Board, name_devices};
 use super::plan::Command;
 use std::path::Path;
 use std::sync::Arc;
-use virt_model::domain::{DomainDef, add_findings};
+use virt_model::domain::DomainDef;
+use virt_model::xml::add_findings;
 use virt_model::xml::{Finding, FindingKind, Place, refusals};
 
 /// The command line of a definition that this QEMU can run; built once, and looked at. Error: what refuses it.

@@ -1,8 +1,9 @@
 //! Disks and the controllers they sit on.
 
 use super::Check;
-use crate::qemu::command::{disk_device, known_format, scsi_device, usb_device, wwn};
+use crate::qemu::command::{disk_device, scsi_device, usb_device, wwn};
 use crate::qemu::complete::Board;
+use crate::qemu::format::known_format;
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::{
     BackingStore, DiskBus, DiskCache, DiskDevice, DiskIo, DiskKind, MetadataCache, StartupPolicy,

@@ -12,6 +12,7 @@ use super::args::Props;
 use super::{Builder, id, turn, virtio};
 use crate::qemu::capabilities::Capabilities;
 use crate::qemu::complete::Board;
+use crate::qemu::format::{has_backing, known_format};
 use crate::qemu::given::GivenImage;
 use serde_json::{Value, json};
 use virt_model::device::address::DriveAddress;
@@ -370,30 +371,6 @@ pub(super) fn with_backing(image: Props, format: &str, below: Option<String>) ->
         true => image.set("backing", below.map_or(Value::Null, Value::from)),
         false => image,
     }
-}
-
-/// Whether images of this format stand on others.
-pub fn has_backing(format: &str) -> bool {
-    matches!(format, "qcow2" | "qcow" | "qed" | "vmdk")
-}
-
-/// QEMU's word for an image format; `None` for one that we do not hand to it.
-pub fn known_format(format: &str) -> Option<&'static str> {
-    Some(match format {
-        "raw" | "iso" => "raw",
-        "qcow2" => "qcow2",
-        "qcow" => "qcow",
-        "qed" => "qed",
-        "vmdk" => "vmdk",
-        "vdi" => "vdi",
-        "vpc" | "vhd" => "vpc",
-        "vhdx" => "vhdx",
-        "parallels" => "parallels",
-        "bochs" => "bochs",
-        "cloop" => "cloop",
-        "dmg" => "dmg",
-        _ => return None,
-    })
 }
 
 fn driver_name(format: &str) -> &'static str {

@@ -47,7 +47,7 @@ pub use cpu::{
     enlightenments, is_exact, is_of_the_system, is_same_feature, is_vcpu, knows_feature, pinned, plugged_cpu,
     vcpu_name, vcpu_place,
 };
-pub use disk::{Medium, device_type as disk_device, has_backing, known_format, medium, overlay_nodes, wwn};
+pub use disk::{Medium, device_type as disk_device, medium, overlay_nodes, wwn};
 pub use graphics::{card as video_card, password_commands};
 pub use hostdev::lock_limit;
 pub use hostdev::vsock_device;

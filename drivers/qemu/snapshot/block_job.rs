@@ -13,8 +13,8 @@
 
 use super::super::instance::Body;
 use super::super::{QemuDriver, command, make, our_body};
+use super::chain::paths;
 use super::files::stored;
-use super::settle::paths;
 use super::{Operation, cannot};
 use crate::host::files::What;
 use crate::host::image::LentFromAfar;

@@ -11,6 +11,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use virt_model::device::Disk;
 use virt_model::driver::DriverError;
+use virt_model::driver::block_jobs::ImageLayer;
 use virt_model::driver::snapshots::ExistingSnapshot;
 
 /// The chains of a running guest's drives: each file, then what it stands on. Filters are not in them.
@@ -206,4 +207,9 @@ fn not_recorded(leaf: &Leaf) -> DriverError {
         "disk '{target}': {file} is in use though no configuration names it, and cannot be removed; nothing was changed; \
          mend the chain with qemu-img, or delete with metadata-only"
     ))
+}
+
+/// The files of layers, in their order.
+pub(super) fn paths<'a>(layers: impl IntoIterator<Item = &'a ImageLayer>) -> Vec<PathBuf> {
+    layers.into_iter().map(|layer| layer.path.clone()).collect()
 }

@@ -4,7 +4,7 @@ use super::super::instance::Body;
 use super::super::media;
 use super::Operation;
 use super::block_job::{id_of, is_drive_of};
-use super::chain::chain;
+use super::chain::{chain, paths};
 use crate::host::storage;
 use crate::qemu::block::Nodes;
 use crate::qemu::monitor::JobStatus;
@@ -12,7 +12,7 @@ use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::device::Disk;
-use virt_model::driver::block_jobs::{BlockJob, BlockStage, BlockWork, ImageLayer};
+use virt_model::driver::block_jobs::{BlockJob, BlockStage, BlockWork};
 use virt_model::driver::{DriverError, StoredFile};
 
 impl Operation {
@@ -136,10 +136,6 @@ fn remove_copy(path: &Path, stage: BlockStage, wary: bool) -> Result<(), DriverE
         tracing::warn!("{} is another file by now, and is not removed", path.display());
     }
     Ok(())
-}
-
-pub(super) fn paths<'a>(layers: impl IntoIterator<Item = &'a ImageLayer>) -> Vec<PathBuf> {
-    layers.into_iter().map(|layer| layer.path.clone()).collect()
 }
 
 /// Whether what is seen is `after`; `None`: nor is it `before`.

@@ -3,8 +3,8 @@
 //! The one place for both. An element or attribute that is not in the table is refused; what is in it and has no type is
 //! kept.
 
-use super::MAX_FINDINGS;
 use super::value::complain;
+use crate::xml::MAX_FINDINGS;
 use crate::xml::{Element, Finding, Node};
 use std::collections::HashMap;
 use std::sync::LazyLock;

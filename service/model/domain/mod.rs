@@ -36,7 +36,7 @@ pub use format::{nearest, vocabulary};
 
 use crate::device::Devices;
 use crate::device::disk::ThrottleGroups;
-use crate::xml::{self, Element, Finding, FindingKind, Limits, Place};
+use crate::xml::{self, Element, Finding, FindingKind, Limits, Place, add_findings};
 use clock::{Clock, Pm};
 use cpu::{Cpu, NumaCell};
 use features::Features;
@@ -46,7 +46,7 @@ use native::NativeArguments;
 use os::Os;
 use part::{Part, element};
 use size::Kib;
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use sysinfo::{Genid, Sysinfo};
 use tune::{Blkiotune, Cputune, Memtune};
 use uuid::Uuid;
@@ -57,9 +57,6 @@ pub const MAX_IOTHREADS: u32 = 4096;
 
 /// More devices than any machine has; whoever may read may have a document of so many worked through.
 const MAX_DEVICES: usize = 1024;
-
-/// The most that is said to be wrong with one document.
-const MAX_FINDINGS: usize = 1000;
 
 element! {
     /// A domain's configuration.
@@ -392,16 +389,6 @@ fn cross_findings(def: &DomainDef) -> Vec<Finding> {
     let mut found = Vec::new();
     cross::check(def, &mut found);
     found
-}
-
-/// Adds what was found later to what was found first, in document order; what was complained about needs no second
-/// complaint.
-pub fn add_findings(log: &mut Vec<Finding>, mut later: Vec<Finding>) {
-    let first: HashSet<String> = log.iter().map(|finding| finding.path.clone()).collect();
-    later.retain(|finding| !first.contains(&finding.path));
-    log.append(&mut later);
-    log.sort_by_key(|finding| (finding.line, finding.column));
-    log.truncate(MAX_FINDINGS);
 }
 
 /// What typed fields write has no place in a document; what was kept has.

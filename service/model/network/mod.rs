@@ -14,6 +14,7 @@ pub mod dns;
 pub mod forward;
 pub mod ip;
 mod names;
+mod plugged;
 pub mod standing;
 pub mod update;
 
@@ -134,7 +135,7 @@ impl NetworkDef {
         }
         let mut seen = Vec::new();
         checks::check(&def, &mut seen);
-        crate::domain::add_findings(&mut log, seen);
+        crate::xml::add_findings(&mut log, seen);
         (Some(def), log)
     }
 

@@ -16,6 +16,7 @@ pub use tree::{Attribute, Element, Node};
 pub use write::{escape_attribute, escape_text};
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 
 /// One thing wrong with a document, or with what it asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +69,19 @@ impl Finding {
     pub fn warning(place: &Place, message: impl Into<String>) -> Finding {
         Finding::new(FindingKind::Warning, place, message)
     }
+}
+
+/// The most that is said to be wrong with one document.
+pub(crate) const MAX_FINDINGS: usize = 1000;
+
+/// Adds what was found later to what was found first, in document order; what was complained about needs no second
+/// complaint.
+pub fn add_findings(log: &mut Vec<Finding>, mut later: Vec<Finding>) {
+    let first: HashSet<String> = log.iter().map(|finding| finding.path.clone()).collect();
+    later.retain(|finding| !first.contains(&finding.path));
+    log.append(&mut later);
+    log.sort_by_key(|finding| (finding.line, finding.column));
+    log.truncate(MAX_FINDINGS);
 }
 
 /// Refuses what a check found, warnings apart: the error is what is left without them.
