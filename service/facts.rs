@@ -3,6 +3,7 @@
 use crate::error::Error;
 use crate::object::{ObjectRef, User};
 use crate::shown::Shown;
+use crate::shown::text::published;
 use crate::uses::{Need, needs_of};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -132,14 +133,6 @@ impl ConfigFacts {
             wishes: DeviceWish::all_of(def),
         }
     }
-}
-
-/// How much of a title or description is published, in bytes: a few long ones must not make every listing too large.
-pub(crate) const PUBLISHED: usize = 4096;
-
-/// As much of a text as is published; `GetXML` has all of it.
-pub(crate) fn published(text: &str) -> &str {
-    &text[..text.floor_char_boundary(PUBLISHED)]
 }
 
 /// All that is published of a snapshot, at one moment.

@@ -1,7 +1,6 @@
 //! A program that runs beside a guest's QEMU is started: with the guest, or with the device that needs it.
 
 use super::companion::{Gifts, Living, Recorded};
-use super::launch::{COMPANION_FILE, DESCRIPTORS, storage, unshown};
 use super::plan::Companion;
 use super::record::Keeper;
 use super::spawn::{Job, spawn_companion};
@@ -12,10 +11,18 @@ use crate::host::files::Program;
 use crate::host::lender::Lender;
 use crate::host::workers::blocking;
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::driver::DriverError;
+
+/// How many descriptors a process of a guest may have. A QEMU has four for each queue of a card that the kernel serves, two
+/// for each queue of a disk, a few for each image, and one for each connection that a guest opens by way of it.
+pub(super) const DESCRIPTORS: u64 = 16_384;
+/// How long files may become that a companion of a guest writes: the state of a TPM, the log of a card. The log of the guest
+/// itself is cut before that.
+pub(super) const COMPANION_FILE: u64 = 64 << 20;
 
 /// What is the same for all that runs beside one guest.
 pub struct Side {
@@ -86,4 +93,14 @@ pub fn environment(home: &Path, own: &[(String, String)]) -> Vec<(String, String
     env.retain(|(key, _)| !own.iter().any(|(name, _)| name == key));
     env.extend(own.iter().cloned());
     env
+}
+
+/// That files could not be shown to a program behind its wall.
+pub fn unshown(whom: &str, error: &io::Error) -> DriverError {
+    DriverError::Storage(format!("{whom} cannot be shown what it needs: {error}"))
+}
+
+/// That something could not be done with a file.
+pub fn storage(path: &Path, error: &io::Error) -> DriverError {
+    DriverError::Storage(format!("{}: {error}", path.display()))
 }

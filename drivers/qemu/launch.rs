@@ -2,7 +2,7 @@
 //! undone when a step fails or the start is cancelled.
 
 use super::agent::{self, Port};
-use super::beside::{self, Side};
+use super::beside::{self, DESCRIPTORS, Side, storage, unshown};
 use super::block::Nodes;
 use super::capabilities::BUILD;
 use super::changes::{Claims, SYSFS};
@@ -43,7 +43,6 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -62,12 +61,6 @@ use virt_model::driver::{DriverError, EventSink, Recorder};
 pub const MONITOR_FD: RawFd = 3;
 /// How long QEMU may take until it says hello; it has opened its images by then.
 const HELLO: Duration = Duration::from_secs(60);
-/// How many descriptors a process of a guest may have. A QEMU has four for each queue of a card that the kernel serves, two
-/// for each queue of a disk, a few for each image, and one for each connection that a guest opens by way of it.
-pub(super) const DESCRIPTORS: u64 = 16_384;
-/// How long files may become that a companion of a guest writes: the state of a TPM, the log of a card. The log of the guest
-/// itself is cut before that.
-pub(super) const COMPANION_FILE: u64 = 64 << 20;
 /// How long a killed QEMU may take to be gone.
 const REAP: Duration = Duration::from_secs(10);
 
@@ -650,14 +643,6 @@ pub async fn goes_on(recorder: Arc<dyn Recorder>) -> Result<(), DriverError> {
 
 pub fn want(file: &HostFile) -> Want {
     Want { path: file.path.clone(), write: file.write, device: file.device }
-}
-
-pub fn unshown(whom: &str, error: &io::Error) -> DriverError {
-    DriverError::Storage(format!("{whom} cannot be shown what it needs: {error}"))
-}
-
-pub fn storage(path: &Path, error: &io::Error) -> DriverError {
-    DriverError::Storage(format!("{}: {error}", path.display()))
 }
 
 /// Why a start fails whose companion has gone; nothing while all are there. QEMU's own end, which takes them along, is told

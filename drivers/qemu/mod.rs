@@ -267,7 +267,7 @@ impl QemuDriver {
         };
         let lender = self.lender(&launch.def, None).await?;
         let ground = lender.is_wary().then(Ground::begin).transpose();
-        let ground = ground.map_err(|e| launch::unshown("QEMU", &e))?;
+        let ground = ground.map_err(|e| beside::unshown("QEMU", &e))?;
         let passed = judged.map(|judged| &judged.passed).filter(|passed| passed.is(&launch.def));
         let mut live = DomainDef::clone(&launch.def);
         let restored = launch.from.is_some();

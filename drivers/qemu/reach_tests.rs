@@ -166,7 +166,7 @@ async fn compare(system: bool) {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
-    assert!(most > launch::DESCRIPTORS, "this host gives its processes {most} descriptors; raise that (ulimit -Hn)");
+    assert!(most > beside::DESCRIPTORS, "this host gives its processes {most} descriptors; raise that (ulimit -Hn)");
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let config = DriverConfig { guest_overhead: 192 << 20, ..DriverConfig::below(dir.path(), system) };
@@ -600,7 +600,7 @@ fn filling_rows(task: &Value) -> Vec<(&'static str, Ways<'_>)> {
 }
 
 /// More descriptors than a process may have.
-const TOO_MANY: usize = launch::DESCRIPTORS as usize + 1;
+const TOO_MANY: usize = beside::DESCRIPTORS as usize + 1;
 
 /// Makes up to that many copies of a descriptor, and closes them; how many there were.
 fn copies(most: usize) -> usize {

@@ -49,7 +49,7 @@ pub fn object(drivers: &[&str], hosts: &[String], pools: &[PoolAbility]) -> Obje
             (super::network::MANAGER, Row::new(&[], &[])),
             (super::secret::MANAGER, Row::new(&[], &[])),
             (super::nodedev::MANAGER, Row::new(&[], &[])),
-            (super::storage::INTERFACE, super::storage::properties_of(pools)),
+            (super::pool::MANAGER, super::storage::properties_of(pools)),
         ]),
         ..Object::new(ROOT, INTERFACE, row(&ManagerFacts { drivers, hosts }))
     }

@@ -3,7 +3,7 @@
 use super::job::{finish, no_wait};
 use super::options::{choice, job_options};
 use super::secret::users;
-use super::{Lifecycle, Members, Published, paths, properties, storage, told, volume};
+use super::{Lifecycle, Members, Published, paths, properties, told, volume};
 use crate::bus::answers::no_object;
 use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object, Objects};
@@ -19,6 +19,9 @@ use zbus::ObjectPath;
 
 /// The interface.
 pub const INTERFACE: &str = "org.virt.StoragePool";
+
+/// The interface of the manager that has to do with storage.
+pub const MANAGER: &str = "org.virt.Manager.Storage";
 
 properties! {
     f: PoolFacts {
@@ -50,7 +53,7 @@ pub fn published(facts: &Arc<PoolFacts>) -> Published {
     Published {
         object: object.of(Facts::Other(ObjectFacts::Pool(facts.clone()))),
         lifecycle: Some(Lifecycle {
-            manager: storage::INTERFACE,
+            manager: MANAGER,
             member: "StoragePoolLifecycle",
             names: vec![facts.uuid.to_string(), facts.name.clone()],
             detailed: true,

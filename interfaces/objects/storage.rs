@@ -1,7 +1,7 @@
 //! `org.virt.Manager.Storage`: pools are defined, found and listed.
 
 use super::job::{finish, no_wait};
-use super::pool::{path, start_options};
+use super::pool::{MANAGER, path, start_options};
 use super::volume::path as volume_path;
 use super::{Members, paths, properties, told};
 use crate::bus::call::{self, Call, Options, Outcome};
@@ -15,9 +15,6 @@ use virt_service::Service;
 use virt_service::facts::ObjectFacts;
 use virt_service::verb;
 use zbus::{ObjectPath, Variant};
-
-/// The interface.
-pub const INTERFACE: &str = "org.virt.Manager.Storage";
 
 properties! {
     abilities: [PoolAbility] {
@@ -55,7 +52,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::GET_VOLUME_BY_PATH, get_volume)
         .method(&verb::GET_VOLUME_BY_KEY, get_volume_by_key)
         .method(&verb::GET_QUOTA, get_quota)
-        .offer(INTERFACE, FIELDS, &[("StoragePoolLifecycle", "ossss")])
+        .offer(MANAGER, FIELDS, &[("StoragePoolLifecycle", "ossss")])
 }
 
 async fn define(service: Arc<Service>, call: Call) -> Outcome {

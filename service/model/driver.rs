@@ -14,6 +14,7 @@ pub mod given;
 pub mod host_devices;
 pub mod inventory;
 pub mod network;
+pub mod operation;
 pub mod reports;
 pub mod saved;
 pub mod secrets;

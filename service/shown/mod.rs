@@ -9,6 +9,7 @@ mod interfaces;
 mod machine;
 mod osinfo;
 mod pack;
+pub(crate) mod text;
 
 pub use pack::Said;
 

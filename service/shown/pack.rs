@@ -7,7 +7,7 @@
 //!
 //! All numbers are little-endian, and texts begin with their length (2).
 
-use crate::facts::published;
+use crate::shown::text::published;
 
 /// The most that is packed of one configuration, in bytes: enough for some hundred devices, and the signals of a change stay small.
 const MOST: usize = 32 << 10;

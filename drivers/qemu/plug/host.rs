@@ -3,9 +3,9 @@
 use crate::host::access::LentFile;
 use crate::host::wall;
 use crate::host::workers::blocking;
+use crate::qemu::beside::unshown;
 use crate::qemu::changes::SYSFS;
 use crate::qemu::instance::Body;
-use crate::qemu::launch::unshown;
 use crate::qemu::plan::Tap;
 use crate::qemu::taking::Taking;
 use crate::qemu::{QemuDriver, hostdev};

@@ -2,7 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::events::Event;
-use crate::facts::{CheckpointFacts, published};
+use crate::facts::CheckpointFacts;
+use crate::shown::text::published;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use uuid::Uuid;

@@ -8,7 +8,7 @@
 
 use super::DriverError;
 use super::checkpoints::TrackedDisk;
-use super::snapshots::Machine;
+use super::operation::Machine;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use std::os::fd::OwnedFd;

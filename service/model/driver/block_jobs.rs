@@ -9,7 +9,7 @@
 //! Whatever is killed, [`BlockJobs::settle_block_job`] tells from the record alone which images count: those that the disk stood on,
 //! or those that it was to stand on.
 
-use super::snapshots::Machine;
+use super::operation::Machine;
 use super::{DriverError, Instance, StoredFile};
 use crate::device::Disk;
 use crate::device::disk::DiskKind;

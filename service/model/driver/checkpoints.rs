@@ -2,7 +2,7 @@
 //! checkpoints there are is the service's matter.
 
 use super::DriverError;
-use super::snapshots::Machine;
+use super::operation::Machine;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

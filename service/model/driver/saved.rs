@@ -7,7 +7,7 @@
 //!  killed   Snapshots::recover: the journal's last note ─▶ saved, or the guest goes on and nothing is left of the file
 //! ```
 
-use super::snapshots::{Journal, Machine};
+use super::operation::{Journal, Machine};
 use super::{DriverError, GivenFile};
 use crate::domain::DomainDef;
 use crate::domain::cpu::Cpu;
