@@ -5,6 +5,7 @@ use crate::DriverConfig;
 use crate::host::process::Identity;
 use crate::qemu::plan::BEFORE_DEVICES;
 use crate::qemu::{Beginning, QemuDriver};
+use std::io;
 use virt_model::driver::{Driver, Launch};
 
 #[derive(Default)]
