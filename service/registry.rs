@@ -126,6 +126,11 @@ impl<T: Object> Registry<T> {
         maps.objects.insert(object.uuid(), object);
     }
 
+    /// Refuses a name that an object has, or is about to have.
+    pub fn name_is_free(&self, name: &str) -> Result<()> {
+        lock(&self.maps).names.get(name).map_or(Ok(()), |other| Err(taken_name::<T>(name, *other)))
+    }
+
     /// Reserves a second name for an object that is about to be renamed.
     pub fn claim_name(&self, uuid: Uuid, name: &str) -> Result<()> {
         let mut maps = lock(&self.maps);

@@ -99,6 +99,7 @@ impl Verb {
             REBOOT => Hosted::If(Ability::Reboot),
             RESET => Hosted::If(Ability::Reset),
             SUSPEND | RESUME => Hosted::If(Ability::Suspend),
+            RENAME => Hosted::If(Ability::Rename),
             DESTROY => Hosted::Destroy,
             GET_XML | GET_METADATA | LIST_SNAPSHOTS | GET_SNAPSHOT | LIST_CHECKPOINTS | GET_CHECKPOINT | CAN => {
                 Hosted::Always

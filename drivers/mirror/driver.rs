@@ -114,6 +114,10 @@ impl<R: Remote> Inventory for Mirror<R> {
         // Somebody else may have ended it at once, which is reported to who follows it.
         machines.picture(key).map(|picture| self.adopted(picture)).ok_or(DriverError::Gone)
     }
+
+    async fn rename(&self, key: &Key, name: &str) -> Result<(), DriverError> {
+        self.0.renames(key, name).await
+    }
 }
 
 impl<R: Remote> Mirror<R> {

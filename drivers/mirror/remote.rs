@@ -68,4 +68,10 @@ pub trait Remote: Send + Sync + 'static {
     /// Asks for a deed. Returns when it is asked or done: what it has done is seen in pictures. Errors: `Refused` in a state in which
     /// it makes no sense, `Hypervisor` with the host's own words, `Gone` if there is no such machine.
     async fn ask(&self, key: &Key, deed: Deed) -> Result<(), DriverError>;
+
+    /// Gives a machine another name. Returns and fails as [`ask`](Remote::ask). A host that cannot has not the word `rename` among its
+    /// [`abilities`](Remote::abilities).
+    async fn rename(&self, _key: &Key, _name: &str) -> Result<(), DriverError> {
+        Err(DriverError::Unsupported("its host has no way to give it another name".to_owned()))
+    }
 }

@@ -14,10 +14,12 @@ use virt_model::lock::lock;
 fn longest(deed: Deed) -> Duration {
     Duration::from_secs(match deed {
         Deed::Start | Deed::Destroy => 600,
-        // These are done in a moment, or only asked for.
-        Deed::Shutdown | Deed::Reboot | Deed::Reset | Deed::Suspend | Deed::Resume => 20,
+        Deed::Shutdown | Deed::Reboot | Deed::Reset | Deed::Suspend | Deed::Resume => return MOMENT,
     })
 }
+
+/// How long what is done in a moment, or only asked for, may take to be seen.
+const MOMENT: Duration = Duration::from_secs(20);
 
 /// How long between two looks at a machine of which something was asked. A host need not tell when it has done that.
 const LOOKS: Duration = Duration::from_millis(100);
@@ -44,6 +46,24 @@ impl<R: Remote> Inner<R> {
         ours: Ours,
         wanted: impl Fn(&Picture) -> bool + Send + Sync,
     ) -> Result<(), DriverError> {
+        self.has_done(key, self.remote.ask(key, deed), longest(deed), ours, wanted).await
+    }
+
+    /// Gives a machine another name, and waits until a picture shows it. Errors: as of [`does`](Inner::does).
+    pub(super) async fn renames(&self, key: &Key, name: &str) -> Result<(), DriverError> {
+        let has_it = |picture: &Picture| picture.seen.name == name;
+        self.has_done(key, self.remote.rename(key, name), MOMENT, Ours::Nothing, has_it).await
+    }
+
+    /// What a verb does with its `request`, which may take this long to be seen.
+    async fn has_done(
+        &self,
+        key: &Key,
+        request: impl Future<Output = Result<(), DriverError>> + Send,
+        longest: Duration,
+        ours: Ours,
+        wanted: impl Fn(&Picture) -> bool + Send + Sync,
+    ) -> Result<(), DriverError> {
         self.reachable()?;
         if !lock(&self.machines).begin(key) {
             return Err(DriverError::Gone);
@@ -51,15 +71,15 @@ impl<R: Remote> Inner<R> {
         let _owned = Owned(self, key);
         let mut contact = self.contact.subscribe();
         let work = async {
-            let asked = self.in_time(self.remote.ask(key, deed)).await;
+            let asked = self.in_time(request).await;
             if let Err(error) = asked {
                 // It is refused in a state that nobody may have been told yet.
                 let seen = self.takes_picture(key).await;
                 seen.into_iter().for_each(|(asked, seen)| lock(&self.machines).is(key, asked, seen, Ours::Nothing));
                 return Err(error);
             }
-            let seen = tokio::time::timeout(longest(deed), self.sees(key, wanted)).await;
-            let (asked, picture) = seen.unwrap_or_else(|_| Err(self.not_done(deed)))?;
+            let seen = tokio::time::timeout(longest, self.sees(key, wanted)).await;
+            let (asked, picture) = seen.unwrap_or_else(|_| Err(self.not_done(longest)))?;
             let there = picture.is_some();
             lock(&self.machines).is(key, asked, picture, ours);
             if there { Ok(()) } else { Err(DriverError::Gone) }
@@ -72,8 +92,8 @@ impl<R: Remote> Inner<R> {
         }
     }
 
-    fn not_done(&self, deed: Deed) -> DriverError {
-        let (name, seconds) = (&self.profile.name, longest(deed).as_secs());
+    fn not_done(&self, longest: Duration) -> DriverError {
+        let (name, seconds) = (&self.profile.name, longest.as_secs());
         DriverError::TimedOut(format!(
             "host '{name}' has not done it within {seconds} s; its outcome is told when seen"
         ))

@@ -65,8 +65,8 @@ enum Line {
 
 impl Default for TestHost {
     fn default() -> Self {
-        let all = [Ability::Start, Ability::Shutdown, Ability::Reboot, Ability::Reset, Ability::Suspend];
-        TestHost::with_abilities(&all)
+        use Ability::{Reboot, Rename, Reset, Shutdown, Start, Suspend};
+        TestHost::with_abilities(&[Start, Shutdown, Reboot, Reset, Suspend, Rename])
     }
 }
 
@@ -279,5 +279,17 @@ impl Remote for TestConnection {
     async fn ask(&self, key: &Key, deed: Deed) -> Result<(), DriverError> {
         self.host.answers().await?;
         self.host.changes(|machines| machines.does(key, deed))
+    }
+
+    async fn rename(&self, key: &Key, name: &str) -> Result<(), DriverError> {
+        self.host.answers().await?;
+        self.host.changes(|machines| {
+            let machine = machines.all.get_mut(key).ok_or(DriverError::Gone)?;
+            if machine.run.is_active() {
+                return Err(DriverError::Refused("the host says that a machine that runs keeps its name".to_owned()));
+            }
+            name.clone_into(&mut Arc::make_mut(&mut machine.def).name);
+            Ok(())
+        })
     }
 }

@@ -160,13 +160,17 @@ impl Domain {
         }
     }
 
-    /// Gives an inactive, persistent domain another name.
+    /// Gives an inactive, persistent domain another name; one of another host has it there, too.
     pub async fn rename(self: &Arc<Self>, caller: &Caller, name: &str) -> Result<()> {
         self.short(caller, &verb::RENAME, async {
             lock(&self.state).renames_no_managed_save()?;
             let def = self.stored()?.ok_or_else(|| self.vanished())?;
             crate::registry::check_new_name("domain", name)?;
-            let stored = self.to_store(renamed(&def, name)?).await?;
+            let renamed = renamed(&def, name)?;
+            if let Some(at) = &self.hosted {
+                return self.rename_at_host(at, name).await;
+            }
+            let stored = self.to_store(renamed).await?;
             self.domains.claim_name(self.uuid, name)?;
             if let Err(e) = self.store(stored.clone(), name).await {
                 self.domains.drop_name(name);

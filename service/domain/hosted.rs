@@ -141,6 +141,23 @@ impl Domain {
         }))
     }
 
+    /// Has its host give it another name, which is a domain's. Returns when that is told; if another domain was given that name here
+    /// meanwhile, it is called as any second machine of a name is. Error: `DomainExists` if one has it before; as the host says.
+    pub(super) async fn rename_at_host(&self, AtHost { host, key, .. }: &AtHost, name: &str) -> Result<()> {
+        if lock(&self.state).host_name == name {
+            let (here, host) = (self.name(), host.name());
+            return Err(Error::OperationInvalid(format!(
+                "host '{host}' calls it '{name}' already, and it is '{here}' here because another domain had that name when it was \
+                 first seen; give it a third name first, and then '{name}'"
+            )));
+        }
+        self.domains.name_is_free(name)?;
+        let renamed = host.inventory()?.rename(key, name).await;
+        renamed.map_err(|e| Error::from_driver(&self.name(), verb::RENAME.word, e))?;
+        host.reports_are_told().await;
+        Ok(())
+    }
+
     /// A guest of it runs: it has been started, or was found. `reason`: why it does.
     pub(crate) fn runs_at_host(
         self: &Arc<Self>,

@@ -223,14 +223,19 @@ impl OtherHost {
         frames::beside(&**self, caller, &verb::REFRESH, async {
             let looked = self.inventory()?.refresh().await;
             looked.map_err(|e| Error::from_driver_of(ObjectKind::Host, &self.name, verb::REFRESH.word, e))?;
-            let (ask, told) = oneshot::channel();
-            if self.asks.send(ask).is_ok() {
-                // No answer: virtd is closing.
-                let _ = told.await;
-            }
+            self.reports_are_told().await;
             Ok(())
         })
         .await
+    }
+
+    /// Returns when all that was reported of its machines until now is told.
+    pub(crate) async fn reports_are_told(&self) {
+        let (ask, told) = oneshot::channel();
+        if self.asks.send(ask).is_ok() {
+            // No answer: virtd is closing.
+            let _ = told.await;
+        }
     }
 
     /// Changes what is published of it.

@@ -73,7 +73,7 @@ impl Bed for InMemory {
     }
 
     fn words(&self) -> &'static [&'static str] {
-        &["start", "shutdown", "reboot", "reset", "suspend"]
+        &["start", "shutdown", "reboot", "reset", "suspend", "rename"]
     }
 
     fn driver(&self, profile: HostProfile) -> Arc<dyn Driver> {

@@ -52,6 +52,8 @@ cases! {
     #[needs("start")] verbs::inventory = "the inventory is the host's: name, uuid, state, configuration; filters know the host";
     #[needs("start", "shutdown", "reboot", "reset", "suspend")]
     verbs::each_verb = "each verb does what it says, and tells its events, in their order, before it returns";
+    #[needs("rename", "start")]
+    verbs::rename = "a machine is given another name, there and here; a name that is taken is refused, and nothing is told";
     verbs::missing_words = "what the host has no way to do is refused, and `Can` says `na`";
     #[needs("start", "suspend")] verbs::wrong_states = "what the state does not allow is refused, and nothing is told";
     verbs::no_documents = "documents, removal and other changes of the configuration are refused, and change nothing";

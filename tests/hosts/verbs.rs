@@ -1,7 +1,7 @@
 //! What the host has, and what is done to it by us.
 
-use crate::beds::{Act, Bed};
-use crate::house::{House, none};
+use crate::beds::{Act, Bed, Line};
+use crate::house::{Client, House, none};
 use std::collections::HashMap;
 use uuid::Uuid;
 use virt_service::authz::Action;
@@ -74,6 +74,53 @@ pub async fn each_verb(bed: Box<dyn Bed>) {
     assert_eq!(client.until("web: stopped shutdown").await, ["web: resumed unpaused", "web: stopped shutdown"]);
 }
 
+pub async fn rename(bed: Box<dyn Bed>) {
+    let folder = tempfile::tempdir().expect("a folder");
+    bed.make(Uuid::from_u128(7), "web");
+    let shop = bed.make(Uuid::from_u128(8), "shop");
+    let mut house = House::on(&*bed, folder.path()).await;
+    // The second of a name is known by another one.
+    bed.make(Uuid::from_u128(9), "shop");
+    house.client.call("/org/virt/host/lab", "org.virt.Host.Refresh", &()).await.expect("refreshed");
+    let (web, till) = (house.client.named("web").await, house.client.named("shop@lab").await);
+    house.client.events();
+    let refused = async |client: &mut Client, path: &str, name: &str, why: &str| {
+        let result = client.call(path, "org.virt.Domain.Rename", &(name, none())).await;
+        let (error, text) = result.expect_err(name);
+        assert_eq!((error, client.events()), (format!("org.virt.Error.{why}"), Vec::new()), "{name}: {text}");
+    };
+    for (name, why) in [("shop", "DomainExists"), ("shop@lab", "DomainExists"), ("web", "InvalidArgument")] {
+        refused(&mut house.client, &web, name, why).await;
+    }
+    house.client.run(&web, "Start").await.expect("started");
+    house.client.events();
+    refused(&mut house.client, &web, "www", "OperationInvalid").await;
+    house.client.run(&web, "Destroy").await.expect("destroyed");
+    house.client.events();
+    house.client.call(&web, "org.virt.Domain.Rename", &("www", none())).await.expect("renamed");
+    assert_eq!(house.client.events(), ["web: undefined renamed", "www: defined renamed"]);
+    let (action, subject) = house.asked();
+    assert_eq!((action, subject.detail("host"), subject.detail("domain_name")), (Action::Define, "lab", "web"));
+    assert_eq!(house.client.named("www").await, web);
+    // The host has it already.
+    bed.act(&shop, Act::Delete);
+    house.client.call("/org/virt/host/lab", "org.virt.Host.Refresh", &()).await.expect("refreshed");
+    house.client.events();
+    refused(&mut house.client, &till, "shop", "OperationInvalid").await;
+    house.client.call(&till, "org.virt.Domain.Rename", &("till", none())).await.expect("renamed");
+    assert_eq!(house.client.events(), ["shop@lab: undefined renamed", "till: defined renamed"]);
+    // A name that was given up is free.
+    house.client.call(&till, "org.virt.Domain.Rename", &("web", none())).await.expect("renamed");
+    assert_eq!(house.client.events(), ["till: undefined renamed", "web: defined renamed"]);
+    let other = tempfile::tempdir().expect("a folder");
+    let mut looks_on = House::on(&*bed, other.path()).await;
+    assert_eq!(looks_on.client.names(none()).await, ["web", "www"]);
+    looks_on.close().await;
+    bed.line(Line::Cut);
+    house.client.until_is("/org/virt/host/lab", "org.virt.Host", "State", "unreachable").await;
+    refused(&mut house.client, &till, "shop", "HostUnreachable").await;
+}
+
 pub async fn missing_words(bed: Box<dyn Bed>) {
     let folder = tempfile::tempdir().expect("a folder");
     let web = bed.make(Uuid::from_u128(7), "web");
@@ -111,6 +158,7 @@ pub async fn missing_words(bed: Box<dyn Bed>) {
     let other = tempfile::tempdir().expect("a folder");
     let mut looks_on = House::with(vec![bed.driver(profile)], other.path()).await;
     let reader = &mut looks_on.client;
+    assert_eq!(reader.can(&path, "Rename").await, "na");
     for method in ["Shutdown", "Destroy", "Suspend"] {
         assert_eq!(reader.can(&path, method).await, "na", "{method}");
         assert_eq!(reader.run(&path, method).await.expect_err(method).0, UNSUPPORTED, "{method}");
@@ -160,7 +208,7 @@ pub async fn no_documents(bed: Box<dyn Bed>) {
         let refused = client.call("/org/virt", &format!("org.virt.Manager.{method}"), &(&*before, none())).await;
         assert_eq!(refused.expect_err(method).0, UNSUPPORTED, "{method}");
     }
-    for (method, text) in [("SetTitle", "x"), ("Rename", "www"), ("AttachDevice", "<watchdog model='i6300esb'/>")] {
+    for (method, text) in [("SetTitle", "x"), ("AttachDevice", "<watchdog model='i6300esb'/>")] {
         let refused = client.call(&path, &format!("org.virt.Domain.{method}"), &(text, none())).await;
         assert_eq!(refused.expect_err(method).0, UNSUPPORTED, "{method}");
     }

@@ -50,6 +50,8 @@ abilities! {
     Reset = "reset",
     /// Stop its CPUs, and let them go on.
     Suspend = "suspend",
+    /// Give it another name.
+    Rename = "rename",
 }
 
 /// Which host of other machines it is, and how it is treated.
@@ -158,4 +160,8 @@ pub trait Inventory: Send + Sync {
     /// Starts a machine. Returns when it is seen to run. Error: as the host says it; after `TimedOut` and `Unreachable` it may come
     /// to run, and is reported as `Active` then.
     async fn start(&self, key: &Key, events: EventSink) -> Result<Adopted, DriverError>;
+
+    /// Gives a machine another name. Returns when it is seen to have that, which has been reported then. Error: as the host says it;
+    /// after `TimedOut` and `Unreachable` it may come to have that name, and is reported as `Seen` then.
+    async fn rename(&self, key: &Key, name: &str) -> Result<(), DriverError>;
 }
