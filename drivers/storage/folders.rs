@@ -152,7 +152,7 @@ impl PoolDriver for Folders {
         let Some(path) = def.mounted_device().map(PathBuf::from) else { return Ok(Vec::new()) };
         let look = move |_: &Arc<Stop>| {
             let overlapping = sources::overlapping(&path).map_err(|e| failed("look at", &path, &e))?;
-            Ok(vec![PoolDevice { path, overlapping }])
+            Ok(vec![PoolDevice { path, overlapping, volumes: Vec::new() }])
         };
         host.workers.run(Errand::new(def.uuid, def.mounted_device().unwrap_or_default()), look).await
     }

@@ -1,6 +1,7 @@
 //! The kinds of pool that this host has: each is a driver, found once here, and all that differs between them is its own.
 
 use super::HostStorage;
+use super::disk::Partitioned;
 use super::folders::Folders;
 use super::logical::Groups;
 use async_trait::async_trait;
@@ -89,6 +90,7 @@ pub fn driver_of(kind: PoolKind) -> Option<&'static dyn PoolDriver> {
         PoolKind::Fs => &Folders::OnDevice,
         PoolKind::Netfs => &Folders::Shared,
         PoolKind::Logical => &Groups,
+        PoolKind::Disk => &Partitioned,
         _ => return None,
     })
 }

@@ -11,6 +11,7 @@ use crate::host::lvm::{Change, GroupName, LogicalName, Lvm};
 use crate::host::workers::{Errand, Stop};
 use async_trait::async_trait;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -251,7 +252,7 @@ impl HostStorage {
             all.retain(|path| number_of(path).is_none_or(|number| numbers.insert(number)));
             let whole = |path: PathBuf| {
                 let overlapping = sources::around(&path).map_err(|e| failed("look at", &path, &e))?;
-                Ok(PoolDevice { path, overlapping })
+                Ok(PoolDevice { path, overlapping, volumes: Vec::new() })
             };
             all.into_iter().map(whole).collect()
         };
@@ -402,8 +403,12 @@ fn judge(
 
 /// Nobody finds what was on a device any more.
 fn blank_edges(path: &Path) -> io::Result<()> {
-    let device = Device::at(path)?.to_write()?;
-    let length = super::fill::length_of(&device)?;
+    blank_edges_of(&Device::at(path)?.to_write()?)
+}
+
+/// The same of one that is open.
+pub fn blank_edges_of(device: &File) -> io::Result<()> {
+    let length = super::fill::length_of(device)?;
     let zeroes = vec![0; EDGE.min(length) as usize];
     for at in [0, length - zeroes.len() as u64] {
         device.write_all_at(&zeroes, at)?;

@@ -1,10 +1,13 @@
-//! Storage of this host: pools that are folders, file systems on devices and folders of other hosts that are mounted on one, and volume
-//! groups.
+//! Storage of this host: pools that are folders, file systems on devices and folders of other hosts that are mounted on one, volume
+//! groups, and whole disks.
 //!
 //! ```text
 //!  HostStorage ───────▶ kind.rs      which driver has which kind of pool
 //!              ─build─▶ build.rs     the folder, and the file system on the device
 //!              ───────▶ logical.rs    the volume group: made, activated, removed
+//!              ───────▶ disk.rs      the whole disk: given a partition table, opened, rid of it
+//!                       whole_disk.rs   the disk held alone, and the kernel told; partitions.rs, gpt.rs, dos.rs: its table
+//!                       DiskPool ─ disk_pool.rs   what is done to each of its partitions
 //!                       VolumeGroup ─ group.rs    what is done to each of its volumes
 //!                                   ─ block.rs    the device of one
 //!                                   ─ leftovers.rs  what was under way in it when somebody was killed
@@ -29,10 +32,14 @@
 mod block;
 mod build;
 mod contents;
+mod disk;
+mod disk_pool;
+mod dos;
 mod draft;
 mod fill;
 mod folder;
 mod folders;
+mod gpt;
 mod group;
 mod held;
 mod kind;
@@ -43,6 +50,7 @@ mod look;
 mod mount_table;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own table below /proc, and the devices that it names")]
 mod mounts;
+mod partitions;
 mod pool;
 mod serve;
 mod share;
@@ -52,6 +60,8 @@ pub mod table;
 #[cfg(test)]
 mod tests;
 mod watch;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys and /proc")]
+mod whole_disk;
 
 use crate::host::lender::Lender;
 use crate::host::workers::{Errand, Workers};
@@ -90,6 +100,9 @@ pub struct HostStorage {
     search: sources::Search,
     /// For volume groups.
     search_of_groups: sources::Search,
+    /// For whole disks.
+    search_of_disks: sources::Search,
+    disks: whole_disk::Disks,
     /// Who holds it asks another host what it offers.
     asks: tokio::sync::Mutex<()>,
     /// Why no share is mounted here, if so: looked for once, since whoever is told it cannot wait for it.
@@ -110,6 +123,8 @@ impl HostStorage {
             groups: logical::HeldGroups::default(),
             search: sources::Search::default(),
             search_of_groups: sources::Search::default(),
+            search_of_disks: sources::Search::default(),
+            disks: whole_disk::Disks::default(),
             asks: tokio::sync::Mutex::default(),
             lacks_for_shares: share::lacks(),
         }
