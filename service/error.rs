@@ -226,6 +226,7 @@ impl Error {
             DriverError::SnapshotExists(_) => Error::SnapshotExists(text),
             DriverError::TooMany(_) => Error::LimitsExceeded(text),
             DriverError::Refused(_) => Error::OperationInvalid(text),
+            DriverError::InUse(_) => Error::InUse(text),
             DriverError::Gone => Error::OperationInvalid(format!("{what}: it has just ended")),
             DriverError::Cancelled => {
                 Error::Cancelled(format!("the attempt to {deed} {} was cancelled", kind.named(name)))

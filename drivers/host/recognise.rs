@@ -34,6 +34,8 @@ pub enum Signs {
     Unknown,
     /// A file system of that type.
     FileSystem(String),
+    /// A partition table of that format, and nothing else.
+    Table(String),
     /// Something else, called so for people.
     Other(String),
 }
@@ -102,7 +104,7 @@ fn signs(words: &str) -> Signs {
     match (value("TYPE"), value("USAGE"), value("PTTYPE")) {
         (Some(kind), Some("filesystem"), _) => Signs::FileSystem(kind.to_owned()),
         (Some(kind), ..) => Signs::Other(kind.to_owned()),
-        (None, _, Some(kind)) => Signs::Other(format!("a partition table ({kind})")),
+        (None, _, Some(kind)) => Signs::Table(kind.to_owned()),
         (None, ..) => Signs::Other("something without a type".to_owned()),
     }
 }
@@ -138,7 +140,7 @@ mod tests {
             file.write_all_at(&[0, 0, 2, 0, 0x83, 0, 3, 0, 1, 0, 0, 0, 0, 8, 0, 0], 446).unwrap();
             file.write_all_at(&[0x55, 0xaa], 510).unwrap();
         });
-        assert_eq!(table, Signs::Other("a partition table (dos)".to_owned()));
+        assert_eq!(table, Signs::Table("dos".to_owned()));
         // What it is says a table of its own, which is behind 3 GiB there: 8 sectors to a cluster, and the cluster of that table.
         let ntfs = of(&|file| {
             file.write_all_at(b"\xeb\x52\x90NTFS    \0\x02\x08", 0).unwrap();
@@ -157,6 +159,6 @@ mod tests {
         let said = |words: &str| signs(words);
         assert_eq!(said("DEVNAME=x\nTYPE=ext4\nUSAGE=filesystem\n"), Signs::FileSystem("ext4".to_owned()));
         assert_eq!(said("TYPE=crypto_LUKS\nUSAGE=crypto\n"), Signs::Other("crypto_LUKS".to_owned()));
-        assert_eq!(said("PTTYPE=gpt\n"), Signs::Other("a partition table (gpt)".to_owned()));
+        assert_eq!(said("PTTYPE=gpt\n"), Signs::Table("gpt".to_owned()));
     }
 }

@@ -94,13 +94,21 @@ pub fn refuse_what_is_on(
         )),
         _ => failed("open", path, &e),
     })?;
-    let refuse = |what: String| Err(DriverError::Refused(format!("{shown}: {what}")));
-    match if overwrite { Signs::Nothing } else { images()?.recognise(&file, path)? } {
-        Signs::Nothing => Ok(file),
+    let signs = if overwrite { Signs::Nothing } else { images()?.recognise(&file, path)? };
+    refuse_signs(signs, path).map(|()| file)
+}
+
+/// Refuses what is on a device, unless that is nothing.
+pub fn refuse_signs(signs: Signs, path: &Path) -> Result<(), DriverError> {
+    let refuse = |what: String| Err(DriverError::Refused(format!("{}: {what}", path.display())));
+    let replace = |what: &str| {
+        refuse(format!("there is {what} on it: start the pool without building it, or say overwrite and lose that"))
+    };
+    match signs {
+        Signs::Nothing => Ok(()),
         Signs::Unknown => refuse("something unknown is on it: say overwrite to replace that".to_owned()),
-        Signs::FileSystem(what) | Signs::Other(what) => {
-            refuse(format!("there is {what} on it: start the pool without building it, or say overwrite and lose that"))
-        }
+        Signs::FileSystem(what) | Signs::Other(what) => replace(&what),
+        Signs::Table(format) => replace(&format!("a partition table ({format})")),
     }
 }
 

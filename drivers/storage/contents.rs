@@ -151,6 +151,20 @@ impl Flow<'_> {
 
     /// Writes what a client gives into the volume; how much that was. It is not synced.
     pub async fn into(self, from: GivenFile, file: Arc<ClosedAside>, sparse: bool) -> Result<u64, DriverError> {
+        self.into_what(from, (file, 0), sparse).await
+    }
+
+    /// The same into a volume that is in a disk from there on.
+    pub async fn into_at(self, from: GivenFile, disk: Arc<ClosedAside>, begin: u64) -> Result<u64, DriverError> {
+        self.into_what(from, (disk, begin), false).await
+    }
+
+    async fn into_what(
+        self,
+        from: GivenFile,
+        (file, begin): (Arc<ClosedAside>, u64),
+        sparse: bool,
+    ) -> Result<u64, DriverError> {
         let part = self.part.unwrap_or_default();
         let room = self.room(&part)?;
         let (wanted, most) = match part.length {
@@ -162,7 +176,7 @@ impl Flow<'_> {
             tell(done);
             Ok(())
         };
-        let poured = given::pour_in(from, file, part.offset, most, sparse, self.work.cancelled(), tell).await;
+        let poured = given::pour_in(from, file, begin + part.offset, most, sparse, self.work.cancelled(), tell).await;
         let count = poured.map_err(|e| of_client_unless_cancelled(&self.path, &e, self.work))?;
         if part.length.is_some() && count < wanted {
             let text = format!("the descriptor that was given: it has {count} bytes, and {wanted} were to be written");

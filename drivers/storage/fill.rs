@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -187,7 +188,7 @@ pub fn plainly(draft: &Draft, new: &NewVolume, pace: &Pace) -> io::Result<()> {
 fn lay_out(file: &File, new: &NewVolume, pace: &Pace) -> io::Result<()> {
     file.set_len(new.capacity)?;
     match new.preallocation {
-        Preallocation::Full => overwrite(file, new.capacity, &mut io::repeat(0), pace),
+        Preallocation::Full => overwrite(file, 0..new.capacity, &mut io::repeat(0), pace),
         Preallocation::Falloc => allocate(file, 0, new.capacity, pace),
         Preallocation::Off | Preallocation::Metadata => allocate(file, 0, new.allocation.min(new.capacity), pace),
     }
@@ -205,12 +206,12 @@ fn allocate(file: &File, from: u64, to: u64, pace: &Pace) -> io::Result<()> {
     Ok(())
 }
 
-/// Overwrites all of a file with what is read.
-fn overwrite(file: &File, length: u64, with: &mut impl Read, pace: &Pace) -> io::Result<()> {
-    let (mut piece, mut at) = (vec![0; PIECE], 0);
-    while at < length {
-        pace.at(at, length)?;
-        let count = (length - at).min(PIECE as u64) as usize;
+/// Overwrites a part of a file with what is read.
+fn overwrite(file: &File, part: Range<u64>, with: &mut impl Read, pace: &Pace) -> io::Result<()> {
+    let (mut piece, mut at, length) = (vec![0; PIECE], part.start, part.end - part.start);
+    while at < part.end {
+        pace.at(at - part.start, length)?;
+        let count = (part.end - at).min(PIECE as u64) as usize;
         with.read_exact(&mut piece[..count])?;
         file.write_all_at(&piece[..count], at)?;
         at += count as u64;
@@ -248,15 +249,15 @@ pub fn blank(device: &File, from: u64, to: u64, pace: &Pace) -> io::Result<()> {
     Ok(())
 }
 
-/// Has a block device hold what a file does, and nothing behind that. Blocks.
-pub fn copy_into(from: &impl AsFd, device: &File, pace: &Pace) -> io::Result<()> {
-    let (length, room) = (length_of(from)?, length_of(device)?);
+/// Has a part of a block device hold what a file does, and nothing behind that. Blocks.
+pub fn copy_into(from: &impl AsFd, device: &File, part: Range<u64>, pace: &Pace) -> io::Result<()> {
+    let (length, room) = (length_of(from)?, part.end - part.start);
     if length > room {
         let text = format!("what is copied has {length} bytes by now, and {room} are there for it");
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));
     }
-    overwrite(device, length, &mut ReadAt { from, at: 0 }, pace)?;
-    blank(device, length, room, pace)?;
+    overwrite(device, part.start..part.start + length, &mut ReadAt { from, at: 0 }, pace)?;
+    blank(device, part.start + length, part.end, pace)?;
     device.sync_all()
 }
 
@@ -356,8 +357,8 @@ pub fn resize(file: &Beneath, to: NewSize, pace: &Pace) -> io::Result<()> {
 /// Overwrites all of a volume of that length. Blocks.
 pub fn wipe(file: &File, length: u64, how: Wiping, pace: &Pace) -> io::Result<()> {
     match how {
-        Wiping::Zero => overwrite(file, length, &mut io::repeat(0), pace)?,
-        Wiping::Random => overwrite(file, length, &mut random()?, pace)?,
+        Wiping::Zero => overwrite(file, 0..length, &mut io::repeat(0), pace)?,
+        Wiping::Random => overwrite(file, 0..length, &mut random()?, pace)?,
         Wiping::Discard => discard(file, length, pace)?,
     }
     file.sync_all()

@@ -191,8 +191,8 @@ impl VolumeGroup {
             Content::Given(from) => self.pour(made, &new.name, from, work).await,
             Content::Copy { from, .. } => {
                 self.run(errand, move |site, stop| {
-                    let (device, _) = opened(site, &volume)?;
-                    let copied = fill::copy_into(&from, &device, &Pace::new(&tells, stop));
+                    let (device, length) = opened(site, &volume)?;
+                    let copied = fill::copy_into(&from, &device, 0..length, &Pace::new(&tells, stop));
                     copied.map_err(|e| of_device(site, &volume, &e, stop))
                 })
                 .await

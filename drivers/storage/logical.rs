@@ -1,14 +1,17 @@
 //! Pools that are volume groups of LVM: found, made, activated as long as the pool is started, and removed. What is active stays so
 //! whatever becomes of virtd: who opens the pool first looks whether it is.
 
-use super::group::{Site, VolumeGroup};
+use super::group::{self, Site, VolumeGroup};
+use super::kind::{PoolDriver, Search};
 use super::leftovers::{self, UnderWay};
 use super::mounts::Device;
 use super::{HostStorage, failed, sources};
 use crate::host::image::Images;
 use crate::host::lvm::{Change, GroupName, LogicalName, Lvm};
 use crate::host::workers::{Errand, Stop};
+use async_trait::async_trait;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -23,7 +26,7 @@ use virt_model::storage::volume::VolumeDef;
 use virt_model::xml::Finding;
 
 /// The formats that such a pool's source can have.
-pub const FORMATS: &[&str] = &["lvm2"];
+const FORMATS: &[&str] = &["lvm2"];
 /// How long it may take to be made, activated or deactivated: each device of it is.
 pub const PATIENCE: Duration = Duration::from_secs(600);
 /// What is searched for pools, for errands: no device and no host that is searched is called so.
@@ -76,7 +79,7 @@ impl HeldGroups {
 }
 
 /// What of such a pool cannot be, whatever is on the host.
-pub fn refused(def: &PoolDef) -> Vec<Finding> {
+fn refused(def: &PoolDef) -> Vec<Finding> {
     let mut findings = Vec::new();
     let source_at = def.source.as_ref().map_or_else(|| def.at.child("name"), |source| source.at.clone());
     match GroupName::new(def.source_name()) {
@@ -103,7 +106,7 @@ pub fn refused(def: &PoolDef) -> Vec<Finding> {
 }
 
 /// What of a volume's document cannot be in such a pool.
-pub fn refused_of_volume(def: &VolumeDef) -> Vec<Finding> {
+fn refused_of_volume(def: &VolumeDef) -> Vec<Finding> {
     let mut findings = Vec::new();
     if let Err(why) = LogicalName::new(&def.name) {
         findings.push(Finding::unsupported(&def.at.child("name"), why));
@@ -128,9 +131,76 @@ pub fn no_group(group: &GroupName) -> DriverError {
     ))
 }
 
+/// Pools that are volume groups.
+pub struct Groups;
+
+#[async_trait]
+impl PoolDriver for Groups {
+    fn only_for_root(&self) -> Option<&'static str> {
+        Some(
+            "volume groups are activated by root's virtd alone, that of the system bus: define the pool there, or have root \
+             give you a device",
+        )
+    }
+
+    fn volume_formats(&self) -> &'static [&'static str] {
+        &["raw"]
+    }
+
+    fn source_formats(&self) -> &'static [&'static str] {
+        FORMATS
+    }
+
+    fn features(&self) -> &'static [&'static str] {
+        group::FEATURES
+    }
+
+    fn refused(&self, def: &PoolDef) -> Vec<Finding> {
+        refused(def)
+    }
+
+    fn refused_of_volume(&self, def: &VolumeDef) -> Vec<Finding> {
+        refused_of_volume(def)
+    }
+
+    fn search(&self) -> Search {
+        Search::Host
+    }
+
+    async fn find_sources(&self, host: &HostStorage, _: Option<&PoolSource>) -> Result<Vec<PoolSource>, DriverError> {
+        host.unused_groups().await
+    }
+
+    async fn build(
+        &self,
+        host: &HostStorage,
+        def: &PoolDef,
+        overwrite: bool,
+        work: &dyn Work,
+    ) -> Result<(), DriverError> {
+        host.build_group(def, overwrite, work).await
+    }
+
+    async fn delete(&self, host: &HostStorage, def: &PoolDef, work: &dyn Work) -> Result<(), DriverError> {
+        host.delete_group(def, work).await
+    }
+
+    async fn open(&self, host: &HostStorage, def: &PoolDef, work: &dyn Work) -> Result<Arc<dyn OpenPool>, DriverError> {
+        host.open_group(def, work).await
+    }
+
+    async fn close(&self, host: &HostStorage, def: &PoolDef) -> Result<(), DriverError> {
+        host.close_group(def).await
+    }
+
+    async fn devices(&self, host: &HostStorage, def: &PoolDef) -> Result<Vec<PoolDevice>, DriverError> {
+        host.devices_of_group(def).await
+    }
+}
+
 impl HostStorage {
     /// Activates a pool's group, and takes away, or back, what was under way in it when somebody was killed.
-    pub(super) async fn open_group(&self, def: &PoolDef, work: &dyn Work) -> Result<Arc<dyn OpenPool>, DriverError> {
+    async fn open_group(&self, def: &PoolDef, work: &dyn Work) -> Result<Arc<dyn OpenPool>, DriverError> {
         let (group, held, pool, name) = (group_of(def)?, self.groups.clone(), def.uuid, def.name.clone());
         let errand = Errand { limit: PATIENCE, ..HostStorage::errand(def, work) };
         let (workers, path) = (self.workers.clone(), Path::new("/dev").join(group.to_string()));
@@ -155,7 +225,7 @@ impl HostStorage {
     }
 
     /// Deactivates a pool's group, if it is there.
-    pub(super) async fn close_group(&self, def: &PoolDef) -> Result<(), DriverError> {
+    async fn close_group(&self, def: &PoolDef) -> Result<(), DriverError> {
         let group = group_of(def)?;
         let errand = Errand { limit: PATIENCE, ..Errand::new(def.uuid, group.to_string()) };
         let close = move |stop: &Arc<Stop>| match Lvm(stop).group(&group)? {
@@ -166,7 +236,7 @@ impl HostStorage {
     }
 
     /// The devices that a pool names, and those that its group has. Of what is made of them nothing is anybody else's.
-    pub(super) async fn devices_of_group(&self, def: &PoolDef) -> Result<Vec<PoolDevice>, DriverError> {
+    async fn devices_of_group(&self, def: &PoolDef) -> Result<Vec<PoolDevice>, DriverError> {
         let (group, mut all) = (group_of(def)?, named_devices(def));
         let find = move |stop: &Arc<Stop>| {
             let told = Lvm(stop).devices().unwrap_or_else(|error| {
@@ -182,7 +252,7 @@ impl HostStorage {
             all.retain(|path| number_of(path).is_none_or(|number| numbers.insert(number)));
             let whole = |path: PathBuf| {
                 let overlapping = sources::around(&path).map_err(|e| failed("look at", &path, &e))?;
-                Ok(PoolDevice { path, overlapping })
+                Ok(PoolDevice { path, overlapping, volumes: Vec::new() })
             };
             all.into_iter().map(whole).collect()
         };
@@ -190,7 +260,7 @@ impl HostStorage {
     }
 
     /// Makes a pool's group of the devices that it names. One that is there, of these devices and with nothing in it, is that.
-    pub(super) async fn build_group(&self, def: &PoolDef, overwrite: bool, work: &dyn Work) -> Result<(), DriverError> {
+    async fn build_group(&self, def: &PoolDef, overwrite: bool, work: &dyn Work) -> Result<(), DriverError> {
         let (group, named, pool, rights) = (group_of(def)?, named_devices(def), def.uuid, self.rights.clone());
         if named.is_empty() {
             let text = format!(
@@ -220,7 +290,7 @@ impl HostStorage {
     }
 
     /// Removes a pool's group, if nothing is in it, and has LVM leave its devices.
-    pub(super) async fn delete_group(&self, def: &PoolDef, work: &dyn Work) -> Result<(), DriverError> {
+    async fn delete_group(&self, def: &PoolDef, work: &dyn Work) -> Result<(), DriverError> {
         let (group, named) = (group_of(def)?, named_devices(def));
         work.step();
         let errand = Errand { limit: PATIENCE, ..HostStorage::errand(def, work) };
@@ -249,7 +319,7 @@ impl HostStorage {
     }
 
     /// The groups that pools could come from: they are no pool's yet, and of none of their volumes the host has a use.
-    pub(super) async fn unused_groups(&self) -> Result<Vec<PoolSource>, DriverError> {
+    async fn unused_groups(&self) -> Result<Vec<PoolSource>, DriverError> {
         self.search_of_groups.found(self.look_for_groups()).await
     }
 
@@ -333,8 +403,12 @@ fn judge(
 
 /// Nobody finds what was on a device any more.
 fn blank_edges(path: &Path) -> io::Result<()> {
-    let device = Device::at(path)?.to_write()?;
-    let length = super::fill::length_of(&device)?;
+    blank_edges_of(&Device::at(path)?.to_write()?)
+}
+
+/// The same of one that is open.
+pub fn blank_edges_of(device: &File) -> io::Result<()> {
+    let length = super::fill::length_of(device)?;
     let zeroes = vec![0; EDGE.min(length) as usize];
     for at in [0, length - zeroes.len() as u64] {
         device.write_all_at(&zeroes, at)?;

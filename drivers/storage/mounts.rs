@@ -369,6 +369,12 @@ impl Device {
         Ok(apart(openat(rustix::fs::CWD, through(&self.found.fd), flags, Mode::empty())?)?.into())
     }
 
+    /// Opens it to be read and written, while the host does not use it. Error: `EBUSY`, as [`Device::alone`].
+    pub fn alone_to_write(&self) -> io::Result<fs::File> {
+        let flags = OFlags::RDWR | OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        Ok(apart(openat(rustix::fs::CWD, through(&self.found.fd), flags, Mode::empty())?)?.into())
+    }
+
     /// Its owner, group and mode.
     pub fn permissions(&self) -> (u32, u32, u32) {
         (self.found.stat.st_uid, self.found.stat.st_gid, self.found.stat.st_mode & 0o7777)
@@ -425,6 +431,7 @@ impl Device {
             signs => {
                 let what = match signs {
                     Signs::FileSystem(what) | Signs::Other(what) => what,
+                    Signs::Table(format) => format!("a partition table ({format})"),
                     _ => "something unknown".to_owned(),
                 };
                 let known = FILE_SYSTEMS.join(", ");

@@ -103,6 +103,16 @@ pub fn around(device: &Path) -> io::Result<Vec<PathBuf>> {
     of_device(device, |own| reached_from(own, &[made_from, partitions]))
 }
 
+/// The devices that one is made from, without that one. Blocks.
+pub fn beneath(device: &Path) -> io::Result<Vec<PathBuf>> {
+    of_device(device, |own| reached_from(own, &[made_from]))
+}
+
+/// The partitions of a device, and what was put together from it or from them. Blocks.
+pub fn partitions_of(device: &Path) -> io::Result<Vec<PathBuf>> {
+    of_device(device, |own| reached_from(own, &[made_of_it]))
+}
+
 /// What is found from where the kernel has a block device; nothing from another path. Blocks.
 fn of_device(device: &Path, find: impl FnOnce(&Path) -> io::Result<Vec<PathBuf>>) -> io::Result<Vec<PathBuf>> {
     let found = match fs::metadata(device) {
@@ -175,7 +185,7 @@ fn dev_path(name: &OsStr) -> Option<PathBuf> {
 }
 
 /// All block devices that hold anything, in the order of their names.
-fn block_devices() -> Vec<PathBuf> {
+pub(super) fn block_devices() -> Vec<PathBuf> {
     let entries = fs::read_dir(BLOCK_DEVICES).into_iter().flatten().flatten();
     let mut all: Vec<PathBuf> = entries
         .filter(|entry| fs::read_to_string(entry.path().join("size")).is_ok_and(|size| size.trim() != "0"))

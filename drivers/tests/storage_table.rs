@@ -52,6 +52,19 @@ Pools of type `logical` are volume groups of LVM, which root's virtd alone activ
 pool, is the group's; `<device>`s are what it is made of, once; `<target>` says nothing that is not so already, and its
 `<permissions>` ask for nothing: whose devices are udev says. A volume has a name and a capacity there, and its type is `block`.
 Its name and its group's have at most 126 bytes together, each `-` counted twice. It is resized while no guest has it.
+
+Pools of type `disk` are the partitions of one whole disk, which is partitioned by root's virtd alone. They have one `<device>`, which is
+no partition itself and not made by the device mapper, and a `<format>`: `gpt`, or `dos` with its four partitions; `<target>` is
+`/dev`. All partitions are volumes, whoever made them, and are called as their devices are (`sda1`): a new one has a name whose number is
+free. They begin and end at whole MiB, so that a capacity is rounded up, and a new one gets the first free area in which it has room. The
+type, the name and the attributes of a partition stay as they are; new ones are data of Linux. One grows into what is free behind it,
+while no guest has it.
+
+A disk on which anything else is recognised, and a table that is a hybrid, overlaps, has an extended partition or is not at the end of
+its disk, is refused with the reason. One of the two tables of GPT that is torn is made whole from the other when the pool starts.
+While a file system is mounted from a partition of the disk, or anything else of the host's has one for itself, nothing in the table is
+changed and its pool is not started (`InUse` says who). When the pool is stopped, partitions stay as they are. Disks with sectors of
+4096 bytes were not tried.
 ";
 
 /// The types of pool.

@@ -673,6 +673,9 @@ pub enum DriverError {
     /// Not in the state that guest or images are in; says what to do.
     #[error("{0}")]
     Refused(String),
+    /// Somebody uses it, who is named.
+    #[error("{0}")]
+    InUse(String),
     /// It failed, and what had been done is there still: `recover` undoes or finishes it.
     #[error("{0}")]
     HalfDone(String),

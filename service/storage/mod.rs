@@ -343,7 +343,7 @@ impl Pool {
             },
             owner: self.owner,
             problems: state.problems(),
-            users: self.users_in(&state.target()).into(),
+            users: self.users_of(state).into(),
             broken: published(state.broken.as_deref().unwrap_or_default()).to_owned(),
         }
     }
@@ -357,6 +357,11 @@ impl State {
 
     fn target(&self) -> PathBuf {
         PathBuf::from(self.running().target_path().unwrap_or_default())
+    }
+
+    /// Whether what is in its folder is not all its own: in that of all devices only its volumes are.
+    fn shares_folder(&self) -> bool {
+        self.running().kind == PoolKind::Disk
     }
 
     /// What its volumes are.
@@ -425,6 +430,11 @@ impl State {
                      it there again, or stop the pool",
                     running.source_name()
                 ),
+                (PoolKind::Disk, None) => {
+                    "its disk, or the partition table on it, is not there any more, or cannot be read: see to it, and refresh the \
+                     pool, or stop it"
+                        .to_owned()
+                }
                 _ => "what it is made of is not there any more: see to it, and refresh or stop the pool".to_owned(),
             };
             problems.push(("inaccessible", text));

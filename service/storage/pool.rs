@@ -169,7 +169,7 @@ impl Pool {
     /// `again`: those that it has already are passed over.
     async fn take_devices(&self, deed: &str, def: &PoolDef, again: bool) -> Result<Vec<Taken>> {
         let mut all = Vec::new();
-        for PoolDevice { path, overlapping } in self.devices_of(deed, def).await? {
+        for PoolDevice { path, overlapping, .. } in self.devices_of(deed, def).await? {
             let whose = format!("pool '{}', which is to be stopped first,", self.name);
             match self.shared.images.take_device(&path, overlapping, whose.clone()).await {
                 Ok(taken) => all.push(taken),
@@ -195,9 +195,13 @@ impl Pool {
         Ok(())
     }
 
-    /// Refuses to use, or to overwrite, a device of which a machine's disk has bytes. `running`: of a machine that runs.
+    /// Refuses to use a device of which a machine's disk has bytes, or, where it is not only of one that is `running`, to overwrite it
+    /// with all that is on it.
     pub(super) async fn refuse_device_in_use(&self, deed: &str, def: &PoolDef, running: bool) -> Result<()> {
-        for PoolDevice { path, overlapping } in self.devices_of(deed, def).await? {
+        for PoolDevice { path, mut overlapping, volumes } in self.devices_of(deed, def).await? {
+            if !running {
+                overlapping.extend(volumes);
+            }
             let others = overlapping.iter().map(|one| (one, format!(", of which {} has bytes,", one.display())));
             for (one, has) in [(&path, String::new())].into_iter().chain(others) {
                 let machines = self.shared.images.machines_on(one, running).await;

@@ -78,6 +78,9 @@ impl Pool {
 
     /// Whether a folder is in that of its volumes, however deep.
     pub(super) fn is_above(&self, folder: &Path) -> bool {
+        if lock(&self.state).shares_folder() {
+            return false;
+        }
         let target = self.target();
         let real = self.real_of(&target);
         !target.as_os_str().is_empty() && [Some(target), real].iter().flatten().any(|above| folder.starts_with(above))
@@ -85,13 +88,18 @@ impl Pool {
 
     /// Who needs this pool.
     pub(super) fn users(&self) -> Vec<User> {
-        self.users_in(&self.target())
+        self.users_of(&lock(&self.state))
     }
 
-    /// The same where its volumes are in that folder.
-    pub(super) fn users_in(&self, target: &Path) -> Vec<User> {
+    /// The same of one that is so.
+    pub(super) fn users_of(&self, state: &State) -> Vec<User> {
+        let target = state.target();
         // Of a pool without a folder of the host's all would be below.
-        let mut users = if target.is_absolute() { self.users_below(target) } else { Vec::new() };
+        let mut users = match (state.shares_folder(), target.is_absolute()) {
+            (true, _) => state.volumes.keys().flat_map(|name| self.users_at(&target.join(&**name))).collect(),
+            (false, true) => self.users_below(&target),
+            (false, false) => Vec::new(),
+        };
         users.extend(self.shared.image_users.below(&volumes::pool_by_name(&self.name)));
         users.sort();
         users.dedup();

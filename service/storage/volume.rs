@@ -321,7 +321,7 @@ impl Volume {
         let (now, name, images) = (self.look()?.capacity, &self.name, &self.shared().images);
         let text = |why: &str| format!("cannot resize volume '{name}': {} runs on it, and {why}", guest.whose);
         if lock(&self.pool.state).volume_kind() == VolumeKind::Block {
-            let why = "a volume in a volume group is resized only while no guest has it; shut it down first";
+            let why = "a volume that is a device is resized only while no guest has it; shut it down first";
             return Err(Error::InUse(text(why)));
         }
         let refuse = |why: &str| Err(Error::OperationInvalid(text(why)));

@@ -243,7 +243,16 @@ pub struct LoopDevice(pub PathBuf);
 impl LoopDevice {
     /// `None` where there are none (and says so).
     pub fn of(file: &Path) -> Option<LoopDevice> {
-        let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
+        LoopDevice::with(file, &[])
+    }
+
+    /// The same, of which the kernel looks for partitions.
+    pub fn with_partitions(file: &Path) -> Option<LoopDevice> {
+        LoopDevice::with(file, &["--partscan"])
+    }
+
+    fn with(file: &Path, options: &[&str]) -> Option<LoopDevice> {
+        let made = Command::new("losetup").args(["--find", "--show"]).args(options).arg(file).output();
         let Some(made) = made.ok().filter(|made| made.status.success()) else {
             skip("no loop device to be had");
             return None;

@@ -35,6 +35,7 @@ mod storage_fs;
 mod storage_logical;
 mod storage_nbd;
 mod storage_netfs;
+mod storage_partitions;
 mod storage_quotas;
 mod storage_volumes;
 mod stranger;

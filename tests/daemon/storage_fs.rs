@@ -226,7 +226,8 @@ async fn devices_with_a_file_system_that_nobody_uses_are_found() {
         ("fs", "<source/>", "InvalidArgument"),
         ("vfs", "", "InvalidArgument"),
         ("dir", "", "OperationUnsupported"),
-        ("disk", "", "OperationUnsupported"),
+        ("disk", "<source/>", "InvalidArgument"),
+        ("iscsi", "", "OperationUnsupported"),
         ("logical", "<source/>", "InvalidArgument"),
     ] {
         let refused = find(kind, xml).await.expect_err(kind);
@@ -235,7 +236,7 @@ async fn devices_with_a_file_system_that_nobody_uses_are_found() {
     let types: std::collections::HashMap<String, std::collections::HashMap<String, zbus::OwnedVariant>> =
         client.property("/org/virt", STORAGE, "PoolTypes").await;
     let says = |kind: &str| bool::try_from(types[kind]["find-sources"].try_clone().unwrap()).unwrap();
-    assert!(says("fs") && says("logical") && !says("dir") && !says("disk"));
+    assert!(says("fs") && says("logical") && says("disk") && !says("dir") && !says("iscsi"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

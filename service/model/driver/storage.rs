@@ -65,6 +65,8 @@ pub struct PoolDevice {
     /// Others that have bytes of it: the disk that it is a part of, its partitions, and what it is made from. What is made of it is
     /// among them as far as it is no volume of the pool's.
     pub overlapping: Vec<PathBuf>,
+    /// Its volumes, and what is made of them, where the device is lost with all of them when the pool is built.
+    pub volumes: Vec<PathBuf>,
 }
 
 /// A pool that is usable.
