@@ -47,8 +47,6 @@ impl Default for Reading {
 const FILES: (usize, usize) = (4, 2);
 /// What a small document may take while it is dealt with, in bytes.
 const SMALL: usize = 512 << 10;
-/// What a document may take that is read where it is received: as machines are commonly written, in bytes. That takes less than a millisecond.
-const AT_ONCE: usize = 64 << 10;
 /// How often a document's text is there while it is dealt with: as given, as read, as it would be kept.
 const COPIES: usize = 3;
 /// What a piece of the tree takes beside its text, in bytes.
@@ -120,13 +118,10 @@ impl Seat {
         self.work(move || read(&text)).await
     }
 
-    /// Computes something with documents, when it is its turn: aside, if that takes longer than having it done there.
+    /// Does what takes time with documents, when it is its turn. May block.
     pub async fn work<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
         let _turn = self.desk.readers.take(&self.uid).await;
-        match self.cost > AT_ONCE {
-            true => aside(work).await,
-            false => work(),
-        }
+        aside(work).await
     }
 
     /// The document has been read: from here on it may wait for what does not answer. A large one keeps its seat.

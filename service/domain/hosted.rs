@@ -155,7 +155,14 @@ impl Domain {
         let renamed = host.inventory()?.rename(key, name).await;
         renamed.map_err(|e| Error::from_driver(&self.name(), verb::RENAME.word, e))?;
         host.reports_are_told().await;
-        Ok(())
+        if lock(&self.state).host_name == name {
+            return Ok(());
+        }
+        let (here, host) = (self.name(), host.name());
+        Err(Error::HypervisorFailed(format!(
+            "host '{host}' was asked to call it '{name}', and it is '{here}' here still: the host's Problems say why, or what it is \
+             called is told when that is seen"
+        )))
     }
 
     /// A guest of it runs: it has been started, or was found. `reason`: why it does.
@@ -234,6 +241,7 @@ impl Domain {
             self.shared.events.send(Event::Domain(self.facts(), vec![Lifecycle::Undefined(Undefined::Renamed)]));
         }
         if !renamed && same {
+            host_name.clone_into(&mut lock(&self.state).host_name);
             return;
         }
         told.commit(|state| {

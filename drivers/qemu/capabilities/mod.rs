@@ -396,12 +396,17 @@ impl Prober {
 
     /// The same of the system's own for machines of `arch`. Where it is the first that is looked for, that costs one look.
     pub async fn learn_of_own(self: &Arc<Self>, guest: Uuid, arch: &str) -> Arc<Capabilities> {
-        if let Ok(asked) = self.probe(guest, &first_own_emulator(arch)).await {
-            return asked.capabilities;
-        }
+        let first = first_own_emulator(arch);
+        let asked = self.probe(guest, &first).await.map(|asked| asked.capabilities);
         let arch = arch.to_owned();
-        let own = blocking(move || default_emulator(&arch)).await.unwrap_or_default();
-        self.learn_of(guest, &own).await
+        match asked.is_ok() {
+            true => self.or_absent(&first, asked).await,
+            false => match blocking(move || default_emulator(&arch)).await.unwrap_or_default() {
+                // What could not be asked is not asked once more.
+                own if own == first => self.or_absent(&own, asked).await,
+                own => self.learn_of(guest, &own).await,
+            },
+        }
     }
 
     /// What is known of the binary, for everybody: neither is it run, nor its path followed, unless it is where the system

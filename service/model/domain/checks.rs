@@ -100,7 +100,11 @@ fn check_numa(def: &DomainDef, log: &mut Log) {
         once(&mut ids, id, &cell.at, || format!("NUMA cell {id}"), log);
         let place = cell.at.attribute("cpus");
         for cpu in cell.cpus.iter().flat_map(|set| set.0.iter().copied()) {
-            once(&mut cpus, cpu, &place, || format!("vCPU {cpu} of a NUMA cell"), log);
+            // One complaint for a cell: a few bytes name thousands of vCPUs.
+            if !cpus.insert(cpu) {
+                complain(log, &place, format!("vCPU {cpu} of a NUMA cell is there twice"));
+                break;
+            }
             if cpu >= def.maximum_vcpus() {
                 complain(log, &place, format!("there is no vCPU {cpu}, only {}", def.maximum_vcpus()));
                 break;
