@@ -159,10 +159,13 @@ impl Domain {
             return Ok(());
         }
         let (here, host) = (self.name(), host.name());
-        Err(Error::HypervisorFailed(format!(
-            "host '{host}' was asked to call it '{name}', and it is '{here}' here still: the host's Problems say why, or what it is \
-             called is told when that is seen"
-        )))
+        Err(Error::HypervisorFailed {
+            what: format!("rename domain '{here}'"),
+            why: format!(
+                "host '{host}' was asked to call it '{name}', and it is not seen to: the host's Problems may say why, and what it is \
+                 called is told when it is seen"
+            ),
+        })
     }
 
     /// A guest of it runs: it has been started, or was found. `reason`: why it does.
